@@ -1,1 +1,11 @@
-//! Placeholder line replaced by the crate's own text.
+//! The pure core of Duplex.
+//!
+//! No clock, no files, no sockets, no threads, no randomness: the shells feed inputs and carry out
+//! actions. Two machines live here: `mirror::Volume`, the life of one mirrored volume, and
+//! `pair::Server`, the life of a server in its pair. Both have the same shape: `handle(now, input)`,
+//! `poll_action()`, `next_deadline()`.
+
+pub mod ids;
+pub mod limits;
+pub mod request;
+pub mod time;
