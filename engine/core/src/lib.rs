@@ -5,6 +5,7 @@
 //! `pair::Server`, the life of a server in its pair. Both have the same shape: `handle(now, input)`,
 //! `poll_action()`, `next_deadline()`.
 
+pub mod format;
 pub mod ids;
 pub mod limits;
 pub mod request;
