@@ -116,6 +116,11 @@ pub enum VolumeMessage {
         /// Pages sent.
         pages: u64,
     },
+    /// Source to target: so many pages are taken in; the target keeps at most a few pages ahead of this.
+    MarksAck {
+        /// Pages taken in so far.
+        pages: u64,
+    },
     /// Source to target: nothing is left to copy; become this.
     SyncDone {
         /// The source's generation.
@@ -150,6 +155,7 @@ impl VolumeMessage {
             | Self::Read { .. }
             | Self::MarksPage { .. }
             | Self::MarksEnd { .. }
+            | Self::MarksAck { .. }
             | Self::SyncDone { .. }
             | Self::SyncAck { .. } => 0,
         }
