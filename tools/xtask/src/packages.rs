@@ -1,0 +1,135 @@
+//! The system programs that tests and the demo call, and the Debian package each comes from.
+
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+
+/// A program and the Debian package that brings it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Need {
+    /// Name of the program.
+    pub(crate) program: &'static str,
+    /// Debian's package.
+    pub(crate) package: &'static str,
+}
+
+const fn need(program: &'static str, package: &'static str) -> Need {
+    Need { program, package }
+}
+
+/// What `duplex demo` calls.
+pub(crate) const DEMO: &[Need] = &[
+    need("ip", "iproute2"),
+    need("mkfs.ext4", "e2fsprogs"),
+    need("fsck.ext4", "e2fsprogs"),
+    need("mount", "mount"),
+    need("losetup", "mount"),
+];
+
+/// What the lab, the acceptance cases and the crash rounds call.
+pub(crate) const LAB: &[Need] = &[
+    need("ip", "iproute2"),
+    need("ss", "iproute2"),
+    need("nft", "nftables"),
+    need("mkfs.ext4", "e2fsprogs"),
+    need("fsck.ext4", "e2fsprogs"),
+    need("mkfs.xfs", "xfsprogs"),
+    need("xfs_repair", "xfsprogs"),
+    need("mount", "mount"),
+    need("losetup", "mount"),
+    need("blkdiscard", "util-linux"),
+    need("setpriv", "util-linux"),
+    need("fio", "fio"),
+    need("nbdinfo", "libnbd-bin"),
+    need("nbdcopy", "libnbd-bin"),
+    need("qemu-img", "qemu-utils"),
+    need("qemu-io", "qemu-utils"),
+];
+
+/// What the benchmarks call.
+pub(crate) const BENCH: &[Need] = &[
+    need("fio", "fio"),
+    need("ip", "iproute2"),
+    need("qemu-system-x86_64", "qemu-system-x86"),
+    need("qemu-storage-daemon", "qemu-system-common"),
+    need("strace", "strace"),
+];
+
+/// The needs whose program is nowhere on the path.
+pub(crate) fn missing(needs: &[Need]) -> Vec<Need> {
+    needs.iter().copied().filter(|need| !present(need.program)).collect()
+}
+
+fn present(program: &str) -> bool {
+    let path = std::env::var("PATH").unwrap_or_default();
+    path.split(':')
+        .chain(["/usr/sbin", "/sbin", "/usr/local/sbin"])
+        .any(|directory| Path::new(directory).join(program).is_file())
+}
+
+/// Whether this process may install packages, mount and make namespaces.
+pub(crate) fn is_root() -> bool {
+    std::fs::read_to_string("/proc/self/status")
+        .ok()
+        .and_then(|status| {
+            let line = status.lines().find(|line| line.starts_with("Uid:"))?.to_owned();
+            line.split_whitespace().nth(2).map(|uid| uid == "0")
+        })
+        .unwrap_or(false)
+}
+
+/// Installs what is missing (root on a machine with apt), or fails and names every package.
+pub(crate) fn require(needs: &[Need]) -> Result<()> {
+    let absent = missing(needs);
+    if absent.is_empty() {
+        return Ok(());
+    }
+    let names = package_names(&absent);
+    if !is_root() || !present("apt-get") {
+        bail!("missing programs; install these packages: {}", names.join(" "));
+    }
+    println!("installing {}", names.join(" "));
+    apt(&["update", "-q"])?;
+    let mut words = vec!["install", "-y", "-q", "--no-install-recommends"];
+    words.extend(names.iter().copied());
+    apt(&words)?;
+    let still = missing(needs);
+    if still.is_empty() {
+        return Ok(());
+    }
+    bail!("still missing after the installation: {}", package_names(&still).join(" "))
+}
+
+fn package_names(needs: &[Need]) -> Vec<&'static str> {
+    let mut names: Vec<_> = needs.iter().map(|need| need.package).collect();
+    names.sort_unstable();
+    names.dedup();
+    names
+}
+
+fn apt(words: &[&str]) -> Result<()> {
+    let output = Command::new("apt-get")
+        .args(words)
+        .env("DEBIAN_FRONTEND", "noninteractive")
+        .output()
+        .context("apt-get cannot be started")?;
+    if output.status.success() {
+        return Ok(());
+    }
+    bail!("apt-get {} failed:\n{}", words.join(" "), String::from_utf8_lossy(&output.stderr))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_program_that_is_nowhere_is_missing_and_named_once() {
+        let needs =
+            [need("no-such-program-a", "pkg-z"), need("no-such-program-b", "pkg-z"), need("sh", "dash")];
+        let absent = missing(&needs);
+        assert_eq!(absent.len(), 2);
+        assert_eq!(package_names(&absent), ["pkg-z"]);
+    }
+}
