@@ -13,4 +13,5 @@ pub mod message;
 pub mod mirror;
 pub mod pair;
 pub mod request;
+pub mod resync;
 pub mod time;

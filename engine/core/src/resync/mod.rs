@@ -1,0 +1,7 @@
+//! Which way data goes when two servers meet: pure functions over both hellos.
+
+pub mod decide;
+pub mod pair;
+
+#[cfg(test)]
+mod fixtures;
