@@ -1,1 +1,3 @@
-//! Placeholder line replaced by the crate's own text.
+//! Composition: one loop per volume, the control plane, the configuration.
+
+pub mod config;
