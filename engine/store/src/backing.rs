@@ -99,6 +99,15 @@ impl Backing {
         Geometry::of(self.data.fd(), &self.data.path).map(|geometry| geometry.backing_bytes)
     }
 
+    /// Refuses a data backing with less than `needed_bytes`.
+    pub fn require_bytes(&self, needed_bytes: u64) -> Result<(), StoreError> {
+        let bytes = self.data.geometry.backing_bytes;
+        if bytes >= needed_bytes {
+            return Ok(());
+        }
+        Err(StoreError::TooSmall { path: self.data.path.clone(), bytes, needed_bytes })
+    }
+
     /// How it was opened.
     pub const fn access(&self) -> Access {
         self.access
@@ -193,8 +202,9 @@ fn open_part(path: &Path, access: Access, wait: Duration) -> Result<Part, StoreE
             Err(Refused::Busy) => {}
         }
         let waited = start.elapsed();
-        // Mounts, swap and holders do not go away by waiting.
-        let stays = usage::find_lasting(path);
+        // Mounts, swap and holders do not go away by waiting; a line in fstab holds nothing.
+        let mut stays = usage::find_lasting(path);
+        stays.retain(|one| !matches!(one, Use::Fstab { .. }));
         if !stays.is_empty() {
             return Err(StoreError::InUse { path: path.to_owned(), by: stays, waited: Duration::ZERO });
         }

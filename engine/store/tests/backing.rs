@@ -91,6 +91,10 @@ fn sizes_come_from_the_device() {
     let geometry = Backing::open(&once(&file), Access::ReadShared).unwrap().geometry();
     assert_eq!(geometry.backing_bytes, 3 * MIB);
     assert!(!geometry.is_device);
+    let backing = Backing::open(&once(&file), Access::ReadShared).unwrap();
+    assert_eq!(backing.require_bytes(3 * MIB), Ok(()));
+    let text = backing.require_bytes(3 * MIB + 1).unwrap_err().to_string();
+    assert!(text.contains("3145728") && text.contains("3145729"), "{text}");
     if !is_root("sizes of devices") {
         return;
     }

@@ -156,6 +156,43 @@ fn metadata_jumps_over_the_data_and_comes_back() {
     assert!(again == bytes);
 }
 
+/// Flushes that the device has done; `None` when the kernel does not count them.
+fn flushes(device: &Path) -> Option<u64> {
+    let name = device.file_name().unwrap().to_str().unwrap();
+    let text = fs::read_to_string(format!("/sys/block/{name}/stat")).unwrap();
+    text.split_whitespace().nth(15).map(|count| count.parse().unwrap())
+}
+
+#[test]
+fn what_must_be_stable_reaches_the_device_as_flushes() {
+    if !is_root("counting flushes") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let device = LoopDevice::attach(&make_file(&dir, "backing", BACKING_BYTES), &[]);
+    let Some(mut before) = flushes(&device.path) else {
+        eprintln!("SKIPPED: this kernel does not count flushes");
+        return;
+    };
+    let mut bench = Bench::open(&config(&device.path), placement());
+    let mut step = |outcome: DiskOutcome, expected: u64, what: &str| {
+        assert_eq!(outcome, DiskOutcome::Done, "{what}");
+        let now = flushes(&device.path).unwrap();
+        assert_eq!(now - before, expected, "flushes of a {what}");
+        before = now;
+    };
+    let range = ByteRange::new(0, 8192);
+    let zero = |fua| DiskOpKind::Zero { range, may_unmap: true, fua };
+    let meta = |preflush| DiskOpKind::MetaWrite { offset_bytes: 0, bytes: vec![1; 4096], preflush };
+    step(bench.write(0, &[1; 4096], false), 0, "write");
+    step(bench.write(0, &[1; 4096], true), 1, "stable write");
+    step(bench.run(DiskOpKind::Flush), 1, "flush");
+    step(bench.run(zero(false)), 0, "zeroing");
+    step(bench.run(zero(true)), 1, "stable zeroing");
+    step(bench.run(meta(false)), 1, "metadata write");
+    step(bench.run(meta(true)), 2, "metadata write with a flush before");
+}
+
 #[test]
 fn external_metadata_leaves_the_data_where_it_was() {
     let dir = tempfile::tempdir().unwrap();
