@@ -15,6 +15,8 @@ use duplex_core::request::DiskOpKind;
 use duplex_store::probe::{Finding, probe};
 use duplex_store::usage::Use;
 use duplex_store::{Access, Backing, BackingConfig, StoreError};
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
 
 const CHILD_PATH: &str = "DUPLEX_STORE_TEST_CHILD_PATH";
 
@@ -67,6 +69,12 @@ fn a_claimed_device_is_refused_and_its_holder_named() {
     let dir = tempfile::tempdir().unwrap();
     let device = LoopDevice::attach(&make_file(&dir, "backing", MIB), &[]);
     second_claim_is_refused(&device.path);
+    // Those who know nothing of our lock are kept out by the kernel: mount, mdadm, LVM open like this.
+    let claim = Backing::open(&once(&device.path), Access::Exclusive).unwrap();
+    let flags = OFlags::RDWR | OFlags::EXCL | OFlags::CLOEXEC;
+    assert_eq!(rustix::fs::open(&device.path, flags, Mode::empty()).unwrap_err(), Errno::BUSY);
+    drop(claim);
+    rustix::fs::open(&device.path, flags, Mode::empty()).unwrap();
 }
 
 #[test]

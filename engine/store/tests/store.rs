@@ -22,7 +22,11 @@ fn compare_with_model(path: &Path, seed: u64) {
     const LANE: u64 = DATA_BYTES / LANES;
     let mut bench = Bench::open(&config(path), placement());
     let sector = u64::from(bench.store.geometry().sector_bytes);
-    let mut model = vec![0_u8; DATA_BYTES as usize];
+    // Nothing is zero to begin with: a zeroing that does nothing shows.
+    let mut model = vec![0xee_u8; DATA_BYTES as usize];
+    for offset in (0..DATA_BYTES).step_by(MIB as usize) {
+        assert_eq!(bench.write(offset, &vec![0xee; MIB as usize], false), DiskOutcome::Done);
+    }
     let mut draws = Draws(seed);
     for round in 0..40_u64 {
         let mut out = Vec::new();
@@ -238,6 +242,26 @@ fn more_operations_than_slots_and_metadata_buffers_all_complete() {
     assert_eq!(ids.len() as u64, count + 200, "each once");
     bench.arena.release(buffer);
     assert_eq!(bench.arena.in_use_bytes(), 0);
+}
+
+#[test]
+fn a_range_longer_than_one_call_zeroes_is_zeroed_whole() {
+    const BYTES: u64 = 200 * MIB;
+    let dir = tempfile::tempdir().unwrap();
+    let path = make_file(&dir, "backing", BYTES);
+    let mut bench = Bench::open(&config(&path), Placement::internal(0, BYTES, BYTES));
+    let marks = [0, 63 * MIB, 64 * MIB, 128 * MIB, BYTES - 4096];
+    for may_unmap in [true, false] {
+        for mark in marks {
+            assert_eq!(bench.write(mark, &[1; 4096], false), DiskOutcome::Done);
+        }
+        let range = ByteRange::new(4096, BYTES - 4096);
+        assert_eq!(bench.run(DiskOpKind::Zero { range, may_unmap, fua: true }), DiskOutcome::Done);
+        for mark in marks {
+            let expected = if mark == 0 { [1; 4096] } else { [0; 4096] };
+            assert!(bench.read(mark, 4096).unwrap() == expected, "at {mark}, may_unmap {may_unmap}");
+        }
+    }
 }
 
 #[test]
