@@ -24,6 +24,18 @@ enum Part {
         #[arg(long, action = clap::ArgAction::Set)]
         volatile: bool,
     },
+    /// Makes the namespaces of a server and starts its init there; orders on standard input, which is a socket
+    Host {
+        /// A file with the server's boot id
+        #[arg(long)]
+        boot_id: PathBuf,
+    },
+    /// The init of a server
+    Init {
+        /// A file with the server's boot id
+        #[arg(long)]
+        boot_id: PathBuf,
+    },
     /// Holds a device exclusively and keeps writes in flight on it by io_uring
     Holder {
         /// The device
@@ -37,6 +49,8 @@ enum Part {
 fn main() -> ExitCode {
     let done = match Cli::parse().part {
         Part::Disk { platter, volatile } => lab::disk::serve(&platter, volatile),
+        Part::Host { boot_id } => lab::host::outer(&boot_id),
+        Part::Init { boot_id } => lab::host::init(&boot_id),
         Part::Holder { device, depth } => lab::ringload::run(&device, depth),
     };
     match done {

@@ -3,15 +3,21 @@
 //!
 //! Nothing here shares code with the product: it starts the program, talks NBD to it, and reads both backings itself.
 
+pub mod copies;
 pub mod disk;
+pub mod history;
+pub mod host;
 pub mod loopdev;
+pub mod nbd;
 pub mod netns;
 pub mod ringload;
 pub mod seed;
 pub mod space;
 pub mod wait;
+pub mod writer;
 
 pub use disk::FaultyDisk;
+pub use host::Host;
 pub use loopdev::LoopDevice;
 pub use netns::NetNs;
 pub use seed::Seed;
