@@ -69,6 +69,11 @@ fn compare_with_model(path: &Path, seed: u64) {
             assert!(bench.arena.bytes(buffer)[..span.len()] == model[span.clone()], "read of {span:?}");
         }
         held.into_iter().for_each(|buffer| bench.arena.release(buffer));
+        // Early on, before later writes cover what went wrong.
+        for offset in (0..DATA_BYTES).step_by(MIB as usize).filter(|_| round < 3) {
+            let span = offset as usize..(offset + MIB) as usize;
+            assert!(bench.read(offset, MIB as usize).unwrap() == model[span], "round {round}, at {offset}");
+        }
     }
     assert_eq!(bench.arena.in_use_bytes(), 0, "the store gave every reference back");
     let mut io = MetaIo::new(bench.store.into_backing().unwrap()).unwrap();
