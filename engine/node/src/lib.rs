@@ -2,4 +2,9 @@
 
 pub mod config;
 pub mod control;
+pub mod daemon;
+pub mod demo;
 pub mod events;
+pub mod failure;
+pub mod holder;
+pub mod offline;

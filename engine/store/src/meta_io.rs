@@ -52,6 +52,11 @@ impl MetaIo {
         Ok(())
     }
 
+    /// Size of the data area as placed.
+    pub const fn data_bytes(&self) -> u64 {
+        self.placement.data_bytes
+    }
+
     /// Sizes of the data backing.
     pub const fn geometry(&self) -> Geometry {
         self.backing.geometry()
