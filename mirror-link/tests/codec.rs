@@ -174,7 +174,7 @@ fn routings() -> impl Strategy<Value = Routing> {
 }
 
 fn payload_for(message: &VolumeMessage) -> Vec<u8> {
-    (0..message.payload_bytes()).map(|index| (index * 31 >> 3) as u8).collect()
+    (0..message.payload_bytes()).map(|index| ((index * 31) >> 3) as u8).collect()
 }
 
 proptest! {
