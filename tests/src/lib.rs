@@ -1,1 +1,3 @@
-//! Placeholder line replaced by the crate's own text.
+//! Simulator, acceptance cases and crash runs of Duplex, and the laboratory they run in.
+
+pub mod lab;

@@ -343,19 +343,19 @@ pub enum ControlMessage {
     Mirrored {
         /// The epoch of the pair from now on.
         epoch: Epoch,
+        /// The source is primary.
+        primary: bool,
     },
     /// Target to source: recorded.
     MirroredAck {
         /// Same epoch.
         epoch: Epoch,
     },
-    /// First activation: adopt this identity.
-    Activate {
-        /// The copies to adopt, in volume order.
-        copies: Vec<CopyRecord>,
+    /// I am no longer primary; nobody is.
+    Demoted {
+        /// The epoch that ended.
+        epoch: Epoch,
     },
-    /// The identity is adopted, durably; a fresh hello follows.
-    Activated,
     /// Operator's wish concerning the resync, carried to the other side.
     Resync {
         /// `pause`, `resume`, or a rate or priority.

@@ -5,6 +5,10 @@
 //! request's buffer: the buffer is released when the answer is on its way (a read) or when `complete` is
 //! called (a write). Whoever needs it longer retains it in the arena.
 
+pub mod fuse;
+pub mod loopdev;
+pub mod nbd;
+
 use duplex_core::ids::RequestId;
 use duplex_core::request::Request;
 

@@ -1,3 +1,10 @@
 //! Composition: one loop per volume, the control plane, the configuration.
 
 pub mod config;
+pub mod control;
+pub mod daemon;
+pub mod demo;
+pub mod events;
+pub mod failure;
+pub mod holder;
+pub mod offline;

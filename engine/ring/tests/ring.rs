@@ -108,6 +108,33 @@ fn a_wake_before_the_turn_is_not_lost() {
 }
 
 #[test]
+fn a_backlog_is_submitted_whole_before_the_turn_waits() {
+    let mut ring = Ring::new(8).unwrap();
+    let (reader, writer) = pipe_with(PipeFlags::CLOEXEC).unwrap();
+    let mut bytes = [0_u8; 60];
+    let mut push_reads = |ring: &mut Ring, from: usize| {
+        for (index, byte) in bytes.iter_mut().enumerate().skip(from).take(30) {
+            let read = opcode::Read::new(Fd(reader.as_raw_fd()), byte, 1).build();
+            // SAFETY: the bytes and the pipe live until the end of the test, after the last completion.
+            unsafe { ring.push(read, Token::new(MINE, 2, index as u32)) };
+        }
+    };
+    // None of the reads completes: only the last entry ends the turn.
+    push_reads(&mut ring, 0);
+    push_nop(&mut ring, 77);
+    let out = turn_until(&mut ring, 1);
+    assert_eq!((out.len(), out[0].token.index), (1, 77));
+    // A wake seen by the first of several enters ends the turn after the last.
+    push_reads(&mut ring, 30);
+    ring.waker().wake();
+    let mut out = Vec::new();
+    ring.turn(None, &mut out).unwrap();
+    assert!(out.is_empty());
+    rustix::io::write(&writer, &[1; 60]).unwrap();
+    assert_eq!(turn_until(&mut ring, 60).len(), 60);
+}
+
+#[test]
 fn a_turn_without_news_ends_at_its_time() {
     let mut ring = Ring::new(64).unwrap();
     let mut out = Vec::new();

@@ -1,2 +1,34 @@
-//! Entry.
-fn main() {}
+//! The one program: the daemon and everything an operator types.
+
+mod cli;
+mod generate;
+mod logging;
+mod output;
+mod progress;
+mod render;
+mod verbs;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use cli::Cli;
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help and version are answers, everything else is wrong use.
+            let code = if error.use_stderr() { 2 } else { 0 };
+            let _ = error.print();
+            return ExitCode::from(code);
+        }
+    };
+    match verbs::run(cli) {
+        Ok(exit) => ExitCode::from(exit.code()),
+        Err(failure) => {
+            eprintln!("{}", failure.text);
+            ExitCode::from(failure.exit.code())
+        }
+    }
+}

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::format::record::{CopyRecord, Origin, ServerRecord};
+use crate::format::record::{CopyRecord, CopyState, Origin, ServerRecord};
 use crate::ids::{BufferId, ByteRange, Generation, PairId, RequestId, SessionId, VolumeId};
 use crate::message::VolumeMessage;
 use crate::request::{DiskOp, DiskOutcome, Request, RequestError};
@@ -34,6 +34,15 @@ pub enum Action {
     Complete(RequestId, Result<(), RequestError>),
     /// The payload buffer of a message is not needed any more.
     Release(BufferId),
+    /// Copy the first bytes of one buffer into another.
+    CopyBuffer {
+        /// From here.
+        from: BufferId,
+        /// To here.
+        into: BufferId,
+        /// How many.
+        length_bytes: u64,
+    },
     /// Tell the server machine.
     Report(Report),
     /// Frontends: serve clients, hold them, or refuse them.
@@ -54,8 +63,7 @@ pub enum Exposure {
 pub enum CopyChange {
     /// Only the server's record changes.
     None,
-    /// First activation, or the peer's identity adopted by a blank copy. The map is emptied, or, with
-    /// `full`, everything is marked (the peer must get or has everything).
+    /// First activation, or the source's identity adopted by a blank copy. The dirty log begins anew, empty.
     Identity {
         /// The pair.
         pair: PairId,
@@ -67,10 +75,11 @@ pub enum CopyChange {
         block_bytes: u32,
         /// Sector size.
         sector_bytes: u32,
-        /// First generation; `NONE` for a copy that will be a full-copy target.
+        /// The generation; for a blank copy the source's.
         generation: Generation,
-        /// All of this copy's blocks count as dirty: the first copy is never skipped (P4).
-        full: bool,
+        /// Up to date at activation; `Inconsistent` towards `NONE` for a blank copy: it needs everything until
+        /// the source says that its marks are durable.
+        state: CopyState,
     },
     /// G4, or the operator's force: history += old, base = old, unproven = no, up to date.
     NewGeneration {
@@ -86,10 +95,12 @@ pub enum CopyChange {
     },
     /// The peer went on without this copy.
     Outdated,
-    /// An operator's full copy or a resolved split brain: this copy's lineage is given up; every block is
-    /// marked when `full`, else its own marks stay.
+    /// The victim of a split brain gives its own lineage up and goes back to the common ancestor. With
+    /// `full` every block is marked, durably, before the record is written.
     Surrender {
-        /// Mark everything.
+        /// The newest generation both lineages share.
+        to: Generation,
+        /// This copy's map does not reach back to it.
         full: bool,
     },
 }
@@ -173,6 +184,8 @@ pub enum Order {
         part: Part,
         /// D12: a live primary goes on; its in-flight operations are sent again.
         resume: bool,
+        /// A target: the source's generation.
+        toward: Generation,
     },
     /// The session is over.
     Leave,
@@ -236,11 +249,21 @@ pub enum Report {
     Recorded {
         /// Of the order.
         tag: u64,
+        /// The copy as it is now on disk.
+        copy: Box<CopyRecord>,
     },
     /// Source: the target adopted everything (SyncAck).
     Synced,
     /// Target: adopted, durable.
-    Adopted,
+    Adopted {
+        /// The copy as it is now on disk.
+        copy: Box<CopyRecord>,
+    },
+    /// Blocks marked: told when the map becomes empty or stops being empty.
+    Dirty {
+        /// How many.
+        blocks: u64,
+    },
     /// Drained.
     Drained {
         /// Of the order.

@@ -1,3 +1,3 @@
-//! The life of one mirrored volume: requests, both copies, dirty log, resync.
+//! The life of one mirrored volume.
 
 pub mod api;

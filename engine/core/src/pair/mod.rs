@@ -1,3 +1,20 @@
 //! The life of a server in its pair: sessions, roles, epochs, going alone and coming back.
+//!
+//! Rooms: `api` (what goes in and out), `server` (the machine), `session` (hello, agreement, what follows
+//! from `decide`), `solo` (freezing and going alone, G4, G7), `rejoin` (the end of a resync, G6), `roles`
+//! (promote, demote, hand-over, G9), `operator` (commands), `stop` (orderly end), `steps` (records on all
+//! volumes before anything follows from them), `heartbeat` (lease and silence).
 
 pub mod api;
+mod heartbeat;
+mod operator;
+mod rejoin;
+mod roles;
+mod server;
+mod session;
+mod solo;
+mod split;
+mod steps;
+mod stop;
+
+pub use server::{Server, SessionView, VolumeView};

@@ -474,14 +474,21 @@ fn descends(newer: Side<'_>, older: Side<'_>) -> Decision {
         CopyState::Inconsistent { toward } => toward,
         CopyState::Blank | CopyState::UpToDate | CopyState::Outdated | CopyState::Failed => Generation::NONE,
     };
-    let plan = if known(older.copy().generation) || known(toward) { CopyPlan::Union } else { CopyPlan::Full };
+    let union = (known(older.copy().generation) || known(toward)) && !needs_everything(older.copy());
+    let plan = if union { CopyPlan::Union } else { CopyPlan::Full };
     Decision { rule: Rule::Descends, outcome: Outcome::Source(plan) }
+}
+
+/// A first copy whose source never said that its marks are durable: no map can be relied on.
+fn needs_everything(copy: &CopyRecord) -> bool {
+    copy.state == CopyState::Inconsistent { toward: Generation::NONE }
 }
 
 /// D10 to D15: the same generation on both.
 fn equal(mine: Side<'_>, theirs: Side<'_>) -> Decision {
     let towards = |rule, i_am_source: bool| {
-        let outcome = Outcome::Source(CopyPlan::Union);
+        let first = needs_everything(mine.copy()) || needs_everything(theirs.copy());
+        let outcome = Outcome::Source(if first { CopyPlan::Full } else { CopyPlan::Union });
         let decision = Decision { rule, outcome };
         if i_am_source { decision } else { decision.reversed() }
     };

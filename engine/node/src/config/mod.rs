@@ -1,20 +1,24 @@
 //! The configuration: one file, the same on both servers, checked whole before anything starts.
 //!
 //! [`Config::load`] reads `duplex.toml` and reports *every* problem with file, line, column, key, value and
-//! fix.  What a later version will have is refused as
+//! fix. [`environment::check`] then looks at this machine.  What a later version will have is refused as
 //! `not-supported`, never ignored.
 
 mod canonical;
 mod cross;
+pub mod environment;
 mod host;
 mod paths;
 mod problem;
 mod reader;
+pub mod secret;
 mod sections;
 mod unsupported;
 mod values;
 mod volumes;
 
+#[cfg(test)]
+mod environment_tests;
 #[cfg(test)]
 mod tests;
 

@@ -1,0 +1,331 @@
+//! What the operator may ask, and when it is refused.
+
+use super::api::{Operator, OperatorToken, Refusal};
+use super::server::{Server, Serving};
+use super::session::Phase;
+use super::steps::Step;
+use crate::format::record::{CopyState, Era, Origin};
+use crate::ids::{Epoch, Generation, PairId, VolumeId, VolumeIndex};
+use crate::limits::SIZE_ALIGN_BYTES;
+use crate::message::ControlMessage;
+use crate::mirror::api::{CopyChange, Order, Pace};
+
+/// What an operator's command waits for.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) enum Waiting {
+    /// The peer's answer to PromoteAsk.
+    Promote { number: u64 },
+    /// The peer hands over.
+    HandOver,
+    /// This server serves alone.
+    Alone,
+    /// The victim saves its blocks.
+    Resolve,
+}
+
+fn refuse(code: &'static str, text: impl Into<String>) -> Result<String, Refusal> {
+    Err(Refusal { code, text: text.into() })
+}
+
+/// ESTALE-like errno told for a copy that the operator detached: no device.
+const ENODEV: i32 = 19;
+
+impl Server {
+    pub(super) fn on_operator(&mut self, token: OperatorToken, command: Operator) {
+        if !self.loaded && !matches!(command, Operator::Stop | Operator::Down) {
+            let text = format!("the copies are not ready: {}", self.reason);
+            return self.answer(token, refuse("not-ready", text));
+        }
+        if self.stopping.is_some() {
+            return self.answer(token, refuse("stopping", "the daemon is stopping"));
+        }
+        match command {
+            Operator::Activate => self.activate(token),
+            Operator::Promote => self.promote(token),
+            Operator::PromotePeerIsDown => self.promote_peer_is_down(token),
+            Operator::PromoteForce(generation) => self.promote_force(token, generation),
+            Operator::Demote => self.demote(token),
+            Operator::Switchover => self.switchover(token),
+            Operator::Down => self.down(token),
+            Operator::Stop => self.begin_stop(Some(token), "stopped"),
+            Operator::Resync(pace) => self.pace(token, pace),
+            Operator::FullCopy { volume, target } => {
+                let target_is_me = target == self.config.name;
+                self.full_copy(token, volume, target_is_me);
+            }
+            Operator::Resolve { victim } => self.resolve(token, &victim),
+            Operator::Detach(volume) => {
+                self.order(volume, Order::Fail { errno: ENODEV });
+                self.answer(token, Ok("detached".to_owned()));
+            }
+        }
+    }
+
+    /// First start of a new pair: this server's blank copies get an identity, the peer copies everything.
+    fn activate(&mut self, token: OperatorToken) {
+        let active = self.copies().position(|c| c.state != CopyState::Blank);
+        if let Some(at) = active {
+            let text = format!("volume {} has an identity already; nothing to activate", self.name(at));
+            return self.answer(token, refuse("already-active", text));
+        }
+        let peer_active = self
+            .session
+            .as_ref()
+            .and_then(|s| s.peer_hello.as_ref())
+            .is_some_and(|h| h.volumes.iter().any(|v| v.copy.state != CopyState::Blank));
+        if peer_active {
+            let text = "the peer is active already; this server becomes its copy by itself";
+            return self.answer(token, refuse("peer-active", text));
+        }
+        let pair = PairId(self.draw());
+        let capacities: Vec<u64> = self.copies().map(|c| c.size_bytes).collect();
+        let peers: Vec<u64> = self
+            .session
+            .as_ref()
+            .and_then(|s| s.peer_hello.as_ref())
+            .map(|h| h.volumes.iter().map(|v| v.copy.size_bytes).collect())
+            .unwrap_or_default();
+        let mut changes = Vec::new();
+        for (at, capacity) in capacities.into_iter().enumerate() {
+            let size = capacity.min(peers.get(at).copied().unwrap_or(u64::MAX));
+            let size_bytes = size / SIZE_ALIGN_BYTES * SIZE_ALIGN_BYTES;
+            let (volume, generation) = (VolumeId(self.draw()), Generation(self.draw()));
+            let Some(copy) = self.volumes[at].facts.as_ref().map(|f| &f.copy) else {
+                continue;
+            };
+            changes.push(CopyChange::Identity {
+                pair,
+                volume,
+                size_bytes,
+                block_bytes: copy.block_bytes,
+                sector_bytes: copy.sector_bytes,
+                generation,
+                state: CopyState::UpToDate,
+            });
+        }
+        let number = self.next_epoch_number();
+        self.record.epoch_seen = Epoch { number, holder: Some(self.config.name.clone()) };
+        self.record.era = Era::Solo(number);
+        self.record.last_primary = number;
+        self.record.was_primary = true;
+        self.serving = Serving::GoingAlone;
+        self.record_all(Step::Activated { token }, changes, true);
+    }
+
+    pub(super) fn activated(&mut self, token: OperatorToken) {
+        self.transition("activated", "by the operator", |_| ());
+        let epoch = self.record.epoch_seen.number;
+        self.gone_alone(epoch);
+        self.answer(token, Ok("activated: this server is primary".to_owned()));
+    }
+
+    fn promote(&mut self, token: OperatorToken) {
+        if self.is_primary() {
+            return self.answer(token, Ok("this server is primary already".to_owned()));
+        }
+        if !self.all_up_to_date() {
+            return self.answer(token, refuse("not-up-to-date", self.why_not_current()));
+        }
+        let phase = self.session.as_ref().map(|s| (s.phase.clone(), s.peer_primary));
+        match phase {
+            Some((Phase::Mirrored, true)) => {
+                self.operators.push((token, Waiting::HandOver));
+                self.send(ControlMessage::HandOverAsk);
+            }
+            Some((Phase::Mirrored, false)) => {
+                let number = self.next_epoch_number();
+                let epoch = Epoch { number, holder: Some(self.config.name.clone()) };
+                self.operators.push((token, Waiting::Promote { number }));
+                self.send(ControlMessage::PromoteAsk { epoch });
+            }
+            Some((Phase::Syncing { .. } | Phase::Returning, false))
+                if self.session.as_ref().is_some_and(|s| s.i_am_source == Some(true)) =>
+            {
+                self.operators.push((token, Waiting::Alone));
+                self.go_alone("promoted by the operator while it copies to the peer", Origin::Solo);
+            }
+            Some((Phase::SplitBrain, _)) => {
+                let text =
+                    "both servers hold blocks the other lacks; see `duplex explain`, then `duplex resolve`";
+                self.answer(token, refuse("split-brain", text));
+            }
+            Some(_) | None if self.record.era.is_solo() => {
+                // Its own solo right was never given back: nobody can hold anything newer.
+                self.operators.push((token, Waiting::Alone));
+                self.take_up_solo("promoted by the operator; it holds the solo right");
+            }
+            Some(_) | None => {
+                let text = "the peer is not heard, so it may be primary. If it is down: \
+                            `duplex promote --peer-is-down`";
+                self.answer(token, refuse("peer-not-heard", text));
+            }
+        }
+    }
+
+    fn why_not_current(&self) -> String {
+        let bad = self.volumes.iter().enumerate().find_map(|(at, v)| {
+            let copy = v.facts.as_ref().map(|f| &f.copy)?;
+            let word = if v.failed.is_some() { "failed" } else { copy.state.word() };
+            (word != "up-to-date").then_some((at, word))
+        });
+        match bad {
+            Some((at, word)) => format!("volume {}: this copy is {word}", self.name(at)),
+            None => "the copies are not ready".to_owned(),
+        }
+    }
+
+    fn promote_peer_is_down(&mut self, token: OperatorToken) {
+        if self.is_primary() {
+            return self.answer(token, Ok("this server is primary already".to_owned()));
+        }
+        if self.session.is_some() {
+            let text = "the peer is heard; use `duplex promote` or `duplex switchover`";
+            return self.answer(token, refuse("peer-is-heard", text));
+        }
+        if !self.all_up_to_date() {
+            return self.answer(token, refuse("not-up-to-date", self.why_not_current()));
+        }
+        if !self.eligible && !self.record.era.is_solo() {
+            let text = format!(
+                "this copy is not proven current: it was not mirrored when the peer was last heard (since epoch {}). \
+                 If data may be lost: `duplex promote --force {}`",
+                self.record.epoch_seen.number,
+                self.describe_generations()
+            );
+            return self.answer(token, refuse("not-proven-current", text));
+        }
+        self.serve_not_before = self.last_heard + self.config.silent;
+        self.operators.push((token, Waiting::Alone));
+        self.go_alone("takeover: the operator says that the peer is down", Origin::Solo);
+    }
+
+    fn promote_force(&mut self, token: OperatorToken, generation: Generation) {
+        if self.is_primary() {
+            return self.answer(token, Ok("this server is primary already".to_owned()));
+        }
+        let unusable = |s: CopyState| match s {
+            CopyState::Blank | CopyState::Inconsistent { .. } | CopyState::Failed => true,
+            CopyState::UpToDate | CopyState::Outdated => false,
+        };
+        let failed = self.volumes.iter().any(|v| v.failed.is_some());
+        if failed || self.copies().any(|c| unusable(c.state)) {
+            return self.answer(token, refuse("no-usable-copy", self.why_not_current()));
+        }
+        if !self.copies().any(|c| c.generation == generation) {
+            let text = format!(
+                "{generation} is not a generation of this server's copies; they are {} (`duplex explain`)",
+                self.describe_generations()
+            );
+            return self.answer(token, refuse("wrong-generation", text));
+        }
+        self.serve_not_before = self.last_heard + self.config.silent;
+        self.operators.push((token, Waiting::Alone));
+        self.go_alone("forced by the operator: data may be lost", Origin::Forced);
+    }
+
+    fn demote(&mut self, token: OperatorToken) {
+        match self.serving {
+            Serving::No => self.answer(token, Ok("this server is not primary".to_owned())),
+            Serving::GoingAlone | Serving::Returning => {
+                self.answer(token, refuse("not-now", "a change of the right is under way; try again"));
+            }
+            Serving::Mirrored if self.in_step_session().is_none() => {
+                self.answer(token, refuse("frozen", "the peer is silent; this server goes alone first"));
+            }
+            Serving::Mirrored | Serving::Alone => match self.in_use.clone() {
+                Some(by) => self.answer(token, in_use(&by)),
+                None => self.begin_demote(token),
+            },
+        }
+    }
+
+    fn switchover(&mut self, token: OperatorToken) {
+        if self.in_step_session().is_none() {
+            let text = format!("both copies must be in step; the state is {}", self.state_word());
+            return self.answer(token, refuse("not-mirrored", text));
+        }
+        match (self.serving, self.in_use.clone()) {
+            (Serving::Mirrored, Some(by)) => self.answer(token, in_use(&by)),
+            (Serving::Mirrored, None) => self.begin_hand_over(Some(token), false),
+            (Serving::No, _) => self.promote(token),
+            (Serving::GoingAlone | Serving::Alone | Serving::Returning, _) => {
+                self.answer(token, refuse("not-now", "a change of the right is under way; try again"));
+            }
+        }
+    }
+
+    fn down(&mut self, token: OperatorToken) {
+        let hand_over = self.serving == Serving::Mirrored && self.in_step_session().is_some();
+        match self.in_use.clone() {
+            Some(by) if self.is_primary() => self.answer(token, in_use(&by)),
+            Some(_) | None if hand_over => self.begin_hand_over(Some(token), true),
+            Some(_) | None => self.begin_stop(Some(token), "down"),
+        }
+    }
+
+    fn pace(&mut self, token: OperatorToken, pace: Pace) {
+        self.order_all(&Order::Pace(pace));
+        self.send(ControlMessage::Resync { command: pace });
+        self.event("resync-command", format!("{pace:?}"), "by the operator");
+        self.answer(token, Ok("done".to_owned()));
+    }
+
+    fn full_copy(&mut self, token: OperatorToken, volume: VolumeIndex, target_is_me: bool) {
+        if self.in_step_session().is_none() {
+            let text = format!("both copies must be in step; the state is {}", self.state_word());
+            return self.answer(token, refuse("not-mirrored", text));
+        }
+        if target_is_me == self.is_primary() {
+            let text = "the target of a full copy is a secondary; its peer must be primary";
+            return self.answer(token, refuse("not-secondary", text));
+        }
+        if target_is_me {
+            self.send(ControlMessage::FullCopy { volume: volume.0 });
+        } else {
+            self.begin_full_copy(usize::from(volume.0));
+        }
+        self.answer(token, Ok("the full copy begins".to_owned()));
+    }
+
+    pub(super) fn on_full_copy_asked(&mut self, volume: u16) {
+        if self.serving == Serving::Mirrored && self.in_step_session().is_some() {
+            self.begin_full_copy(usize::from(volume));
+        }
+    }
+
+    /// This server goes alone and, in the session that follows, copies every block of the volume.
+    fn begin_full_copy(&mut self, at: usize) {
+        if let Some(wanted) = self.full_copy.get_mut(at) {
+            *wanted = true;
+            self.go_alone("a full copy to the peer was asked for", Origin::Solo);
+        }
+    }
+
+    /// Commands that waited for this.
+    pub(super) fn operators_gone_alone(&mut self) {
+        let reason = format!("primary of epoch {}, alone", self.record.epoch_seen.number);
+        for (token, waiting) in std::mem::take(&mut self.operators) {
+            match waiting {
+                Waiting::Alone => self.answer(token, Ok(reason.clone())),
+                other @ (Waiting::Promote { .. } | Waiting::HandOver | Waiting::Resolve) => {
+                    self.operators.push((token, other));
+                }
+            }
+        }
+    }
+
+    pub(super) fn operators_lose_session(&mut self) {
+        for (token, waiting) in std::mem::take(&mut self.operators) {
+            match waiting {
+                Waiting::Alone => self.operators.push((token, waiting)),
+                Waiting::Promote { .. } | Waiting::HandOver | Waiting::Resolve => {
+                    self.answer(token, Err(super::roles::peer_lost()));
+                }
+            }
+        }
+    }
+}
+
+fn in_use(by: &str) -> Result<String, Refusal> {
+    refuse("in-use", format!("the device is in use: {by}; unmount it, or use --force"))
+}

@@ -1,0 +1,95 @@
+//! The end of a resync: back to the pair (G6), seen from both sides.
+
+use super::server::{Server, Serving, newer};
+use super::session::Phase;
+use super::steps::Step;
+use crate::format::record::Era;
+use crate::ids::{Epoch, SessionId};
+use crate::message::ControlMessage;
+use crate::mirror::api::{Order, ServeMode};
+
+impl Server {
+    /// Source: the target adopted this volume. When all are, the solo right is given back (step 3).
+    pub(super) fn on_synced(&mut self, at: usize) {
+        let Some(session) = self.session.as_mut() else {
+            return;
+        };
+        let Phase::Syncing { synced } = &mut session.phase else {
+            return;
+        };
+        if let Some(mine) = synced.get_mut(at) {
+            *mine = true;
+        }
+        if !synced.iter().all(|s| *s) || self.stopping.is_some() {
+            return;
+        }
+        let Some(id) = self.session.as_ref().map(|s| s.id) else {
+            return;
+        };
+        let serves = self.serving == Serving::Alone;
+        let mut epoch = self.record.epoch_seen.clone();
+        if serves {
+            epoch = Epoch { number: self.next_epoch_number(), holder: Some(self.config.name.clone()) };
+            self.record.last_primary = epoch.number;
+            self.serving = Serving::Returning;
+        }
+        self.record.epoch_seen = epoch.clone();
+        self.record.era = Era::Pair;
+        self.in_step_heard = self.now;
+        self.set_phase(Phase::Returning);
+        let tag = self.begin_step(Step::Returned { session: id, epoch });
+        let order = Order::Return { tag, server: self.record.clone() };
+        self.order_all(&order);
+    }
+
+    /// Source: era = pair is durable on every volume; both copies are flushed and equal. Mirrored (step 5).
+    pub(super) fn returned(&mut self, id: SessionId, epoch: Epoch) {
+        if self.session.as_ref().is_none_or(|s| s.id != id || s.phase != Phase::Returning) {
+            return;
+        }
+        let primary = self.serving == Serving::Returning;
+        if primary {
+            self.serving = Serving::Mirrored;
+            self.order_all(&Order::Serve { mode: ServeMode::Mirrored, epoch: epoch.number });
+        }
+        self.send(ControlMessage::Mirrored { epoch, primary });
+        self.enter_mirrored("the resync ended");
+    }
+
+    /// Target: this copy is the source's equal, durably.
+    pub(super) fn on_adopted(&mut self, at: usize) {
+        if let Some(session) = self.session.as_mut()
+            && let Phase::Syncing { synced } = &mut session.phase
+            && let Some(mine) = synced.get_mut(at)
+        {
+            *mine = true;
+        }
+        if let Some(facts) = self.volumes[at].facts.as_mut() {
+            facts.dirty_blocks = 0;
+        }
+    }
+
+    /// Target: the source gave its right back (C5). Durable before this server counts itself mirrored.
+    pub(super) fn on_mirrored(&mut self, epoch: Epoch, primary: bool) {
+        let Some(session) = self.session.as_mut() else {
+            return;
+        };
+        let adopted = matches!(&session.phase, Phase::Syncing { synced } if synced.iter().all(|s| *s));
+        if !adopted || session.i_am_source == Some(true) {
+            return;
+        }
+        session.peer_primary = primary;
+        let id = session.id;
+        self.record.epoch_seen = newer(&self.record.epoch_seen, &epoch);
+        self.record.era = Era::Pair;
+        self.record_only(Step::MirroredNoted { session: id, epoch });
+    }
+
+    pub(super) fn mirrored_noted(&mut self, id: SessionId, epoch: Epoch) {
+        if self.session.as_ref().is_none_or(|s| s.id != id) {
+            return;
+        }
+        self.send(ControlMessage::MirroredAck { epoch });
+        self.enter_mirrored("the resync ended");
+    }
+}

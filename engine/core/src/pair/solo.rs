@@ -1,0 +1,152 @@
+//! Going alone by rule G4, taking a solo run up again after a restart (T2), and failed copies (G12).
+
+use super::server::{Server, Serving};
+use super::session::Phase;
+use super::steps::Step;
+use crate::format::record::{Era, Origin};
+use crate::ids::{ByteRange, Epoch, Generation};
+use crate::message::ControlMessage;
+use crate::mirror::api::{CopyChange, Order, ServeMode};
+
+impl Server {
+    /// G4: freeze, take the right (here without a register: the operator's word or the silence), flush and
+    /// write {new generation, era = solo}; only then complete anything, reads too.
+    pub(super) fn go_alone(&mut self, reason: &str, origin: Origin) {
+        if matches!(self.serving, Serving::GoingAlone | Serving::Alone) {
+            return;
+        }
+        let frozen_before = self.frozen_since;
+        self.freeze();
+        self.frozen_since = frozen_before.or(Some(self.now));
+        self.drop_roles_in_session();
+        let number = self.next_epoch_number();
+        self.begin_solo_record(number);
+        let generations: Vec<CopyChange> = (0..self.volumes.len())
+            .map(|_| CopyChange::NewGeneration { generation: Generation(self.draw()), origin })
+            .collect();
+        let reason = reason.to_owned();
+        self.transition("going-alone", &reason, |s| s.serving = Serving::GoingAlone);
+        self.record_all(Step::GoneAlone { epoch: number }, generations, true);
+    }
+
+    /// A session in step, if there still is one, is over for this purpose: facts change, both begin anew.
+    fn drop_roles_in_session(&mut self) {
+        let in_work = self.session.as_ref().is_some_and(|s| match s.phase {
+            Phase::Joining { .. } | Phase::Syncing { .. } | Phase::Returning | Phase::Mirrored => true,
+            Phase::Hello | Phase::Refused { .. } | Phase::SplitBrain | Phase::OneCopy => false,
+        });
+        if in_work {
+            self.close_session("this server goes alone");
+        }
+    }
+
+    pub(super) fn next_epoch_number(&self) -> u64 {
+        self.record.epoch_seen.number.max(self.peer_epoch.number) + 1
+    }
+
+    fn begin_solo_record(&mut self, number: u64) {
+        self.record.epoch_seen = Epoch { number, holder: Some(self.config.name.clone()) };
+        self.record.era = Era::Solo(number);
+        self.record.last_primary = number;
+        self.record.was_primary = true;
+    }
+
+    /// The record is durable everywhere; nothing is served before the old primary's lease can be over.
+    pub(super) fn gone_alone(&mut self, epoch: u64) {
+        if self.serving != Serving::GoingAlone {
+            return;
+        }
+        self.waiting_to_serve = Some(epoch);
+        self.check_wait();
+    }
+
+    pub(super) fn check_wait(&mut self) {
+        let Some(epoch) = self.waiting_to_serve else {
+            return;
+        };
+        if self.now < self.serve_not_before {
+            return;
+        }
+        self.waiting_to_serve = None;
+        self.order_all(&Order::Serve { mode: ServeMode::Alone, epoch });
+        let reason = self.reason.clone();
+        self.frozen_since = None;
+        self.transition("alone", &reason, |s| s.serving = Serving::Alone);
+        self.operators_gone_alone();
+    }
+
+    /// T2: the superblock says that this server runs alone, and nothing newer can be anywhere else. It goes
+    /// on under a new number.
+    pub(super) fn resume_solo(&mut self) {
+        if self.record.era.is_solo() && self.record.was_primary && self.all_up_to_date() {
+            self.take_up_solo("it ran alone when it stopped");
+        }
+    }
+
+    pub(super) fn take_up_solo(&mut self, reason: &str) {
+        let number = self.next_epoch_number();
+        self.begin_solo_record(number);
+        let reason = reason.to_owned();
+        self.transition("resumed-alone", &reason, |s| s.serving = Serving::GoingAlone);
+        self.record_only(Step::GoneAlone { epoch: number });
+    }
+
+    /// This server's disk failed.
+    pub(super) fn on_my_copy_failed(&mut self, at: usize, errno: i32, range: Option<ByteRange>) {
+        self.volumes[at].failed = Some(errno);
+        self.eligible = false;
+        let place = range.map_or_else(String::new, |r| format!(" at {r}"));
+        let text = format!("volume {}: this copy failed (errno {errno}){place}", self.name(at));
+        let mut fields = std::collections::BTreeMap::new();
+        fields.insert("errno".to_owned(), errno.to_string());
+        if let Some(range) = range {
+            fields.insert("offset_bytes".to_owned(), range.offset_bytes.to_string());
+        }
+        self.event_with("disk-failed", text.clone(), "a write or flush failed here", fields);
+        let volume = u16::try_from(at).unwrap_or(u16::MAX);
+        self.send(ControlMessage::CopyFailed { volume, errno });
+        let mirrored = self.session.as_ref().is_some_and(|s| s.phase == Phase::Mirrored);
+        match self.serving {
+            Serving::Mirrored | Serving::Returning if mirrored => {
+                // The peer's copy is whole: it takes the service (G12).
+                self.stop_serving();
+                self.order_all(&Order::Leave);
+                self.transition("dying", &text, |s| s.set_phase(Phase::OneCopy));
+            }
+            // Alone, requests get the error; a frozen server has nobody to give the service to.
+            Serving::Alone | Serving::GoingAlone | Serving::Mirrored | Serving::Returning => {}
+            Serving::No => {
+                self.order_all(&Order::Leave);
+                self.set_phase(Phase::OneCopy);
+            }
+        }
+    }
+
+    /// The peer's disk failed: a failed copy is a lost peer (G12).
+    pub(super) fn on_peer_copy_failed(&mut self, at: usize, errno: i32) {
+        let Some(phase) = self.session.as_ref().map(|s| s.phase.clone()) else {
+            return;
+        };
+        if phase == Phase::OneCopy {
+            return;
+        }
+        if let Some(copy) = self.peer_copies.get_mut(at) {
+            *copy = Some(crate::format::record::CopyState::Failed);
+        }
+        let text = format!("volume {}: the peer's copy failed (errno {errno})", self.name(at));
+        self.event("disk-failed", text, "the peer says so");
+        let mirrored = phase == Phase::Mirrored;
+        self.order_all(&Order::Leave);
+        self.set_phase(Phase::OneCopy);
+        match self.serving {
+            Serving::Mirrored | Serving::Returning => {
+                self.go_alone("the peer's copy failed", Origin::Solo);
+            }
+            Serving::No if mirrored && self.all_up_to_date() => {
+                // The primary gave its service up: this copy holds everything it acknowledged.
+                self.go_alone("takeover: the primary's copy failed", Origin::Solo);
+            }
+            Serving::No | Serving::Alone | Serving::GoingAlone => {}
+        }
+    }
+}

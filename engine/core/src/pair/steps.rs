@@ -1,0 +1,134 @@
+//! Records on all volumes before anything follows from them.
+
+use super::api::OperatorToken;
+use super::server::Server;
+use crate::ids::{Epoch, SessionId};
+use crate::mirror::api::{CopyChange, Order};
+
+/// What follows once a record is durable on every volume.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) enum Step {
+    /// G4: serve alone.
+    GoneAlone {
+        epoch: u64,
+    },
+    /// G5: take part as a target.
+    TargetReady {
+        session: SessionId,
+    },
+    /// A mirrored pair gets its primary: serve.
+    PrimaryReady {
+        session: SessionId,
+        epoch: Epoch,
+        token: Option<OperatorToken>,
+    },
+    /// G6 step 3 is durable.
+    Returned {
+        session: SessionId,
+        epoch: Epoch,
+    },
+    /// The target noted that both are mirrored.
+    MirroredNoted {
+        session: SessionId,
+        epoch: Epoch,
+    },
+    /// G9: secondary, durably; tell the peer.
+    HandedOver {
+        session: SessionId,
+        token: Option<OperatorToken>,
+        then_stop: bool,
+    },
+    /// Drained: no request in flight, both flushed, no marks.
+    DrainedForHandOver {
+        session: SessionId,
+        token: Option<OperatorToken>,
+        then_stop: bool,
+    },
+    DrainedForDemote {
+        token: OperatorToken,
+    },
+    DrainedForStop,
+    Demoted {
+        token: OperatorToken,
+    },
+    CleanStop,
+    Surrendered,
+    Activated {
+        token: OperatorToken,
+    },
+    /// Nothing follows.
+    Noted,
+}
+
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) struct Pending {
+    pub(super) tag: u64,
+    pub(super) left: usize,
+    pub(super) step: Step,
+}
+
+impl Server {
+    pub(super) fn tag(&mut self) -> u64 {
+        self.next_tag += 1;
+        self.next_tag
+    }
+
+    /// Writes the server's record with each volume's change; `step` follows when all are durable.
+    pub(super) fn record_all(&mut self, step: Step, changes: Vec<CopyChange>, preflush: bool) {
+        let tag = self.begin_step(step);
+        let server = self.record.clone();
+        for (index, change) in self.indexes().zip(changes) {
+            self.order(index, Order::Record { tag, server: server.clone(), change, preflush });
+        }
+    }
+
+    /// The same without any change of the copies.
+    pub(super) fn record_only(&mut self, step: Step) {
+        let changes = vec![CopyChange::None; self.volumes.len()];
+        self.record_all(step, changes, true);
+    }
+
+    /// A step that waits for every volume; the orders carry the tag.
+    pub(super) fn begin_step(&mut self, step: Step) -> u64 {
+        self.record.counter += 1;
+        let tag = self.tag();
+        self.pending.push_back(Pending { tag, left: self.volumes.len(), step });
+        tag
+    }
+
+    pub(super) fn on_recorded(&mut self, tag: u64) {
+        let Some(at) = self.pending.iter().position(|p| p.tag == tag) else {
+            return;
+        };
+        self.pending[at].left -= 1;
+        if self.pending[at].left > 0 {
+            return;
+        }
+        let Some(pending) = self.pending.remove(at) else {
+            return;
+        };
+        match pending.step {
+            Step::GoneAlone { epoch } => self.gone_alone(epoch),
+            Step::TargetReady { session } => self.target_ready(session),
+            Step::PrimaryReady { session, epoch, token } => self.primary_ready(session, epoch, token),
+            Step::Returned { session, epoch } => self.returned(session, epoch),
+            Step::MirroredNoted { session, epoch } => self.mirrored_noted(session, epoch),
+            Step::HandedOver { session, token, then_stop } => self.handed_over(session, token, then_stop),
+            Step::DrainedForHandOver { session, token, then_stop } => {
+                self.drained_for_hand_over(session, token, then_stop);
+            }
+            Step::DrainedForDemote { token } => self.drained_for_demote(token),
+            Step::DrainedForStop => self.drained_for_stop(),
+            Step::Demoted { token } => self.demoted(token),
+            Step::CleanStop => self.stopped(),
+            Step::Surrendered => self.surrendered(),
+            Step::Activated { token } => self.activated(token),
+            Step::Noted => {}
+        }
+    }
+
+    /// A step of this kind is under way.
+    pub(super) fn is_pending(&self, test: impl Fn(&Step) -> bool) -> bool {
+        self.pending.iter().any(|p| test(&p.step))
+    }
+}

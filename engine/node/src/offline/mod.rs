@@ -1,0 +1,150 @@
+//! What works on backings without a daemon: `create`, `dump`, `compare`.
+
+mod compare;
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use duplex_store::{Access, Backing, BackingConfig, MetaIo, StoreError, probe};
+
+use crate::config::{Config, Metadata, Volume};
+use crate::failure::Failure;
+
+pub use compare::{Comparison, compare_data};
+
+/// Bytes done of bytes to do; called often, cheap to ignore.
+pub type Progress<'a> = &'a mut dyn FnMut(u64, u64);
+
+/// What `create` may do to the data area.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum DataArea {
+    /// Must read as zeroes at both ends.
+    MustBeEmpty,
+    /// Holds data to bring along; metadata lies elsewhere.
+    Keep,
+    /// Whatever is there is given up.
+    Overwrite,
+}
+
+/// Writes fresh metadata for a volume on this server, after making sure that nothing is lost.
+///
+/// # Errors
+/// Refused where the backing holds something, is used, or holds a copy already; failed where I/O fails.
+pub fn create(
+    config: &Config,
+    volume: &Volume,
+    area: DataArea,
+    progress: Progress<'_>,
+) -> Result<String, Failure> {
+    let path = volume.backing.of(config.me);
+    let own_metadata = match volume.metadata.of(config.me) {
+        Metadata::Internal => None,
+        Metadata::Path(path) => Some(path.clone()),
+    };
+    if area == DataArea::Keep && own_metadata.is_none() {
+        return Err(Failure::wrong(format!(
+            "--keep-data needs the metadata elsewhere: internal metadata would overwrite {}; write \
+             metadata = \"FILE\" in [volumes.{}]",
+            path.display(),
+            volume.name
+        )));
+    }
+    let opened = BackingConfig { data: path.clone(), metadata: None, wait: Duration::ZERO };
+    let mut io = MetaIo::open(&opened, Access::Exclusive).map_err(|error| refused_or_failed(&error))?;
+    if area == DataArea::MustBeEmpty {
+        let found = probe::probe_open(&mut io).map_err(|error| refused_or_failed(&error))?;
+        if let Some(first) = found.first() {
+            return Err(Failure::refused(format!(
+                "{} holds {first}; to bring it along write metadata = \"FILE\" and use --keep-data, to give \
+                 it up use --overwrite-data",
+                path.display()
+            )));
+        }
+    }
+    write_metadata(io.into_backing(), own_metadata, volume, progress)
+}
+
+/// The seam to the on-disk format.
+fn write_metadata(
+    backing: Backing,
+    metadata: Option<PathBuf>,
+    volume: &Volume,
+    _progress: Progress<'_>,
+) -> Result<String, Failure> {
+    let place = metadata.unwrap_or_else(|| backing.path().to_owned());
+    Err(Failure::failed(format!(
+        "volume {}: this build cannot write metadata to {}; nothing was changed",
+        volume.name,
+        place.display()
+    )))
+}
+
+/// The metadata of a volume of a stopped server, as text and for programs.
+///
+/// # Errors
+/// The backing cannot be read, or holds no metadata.
+pub fn dump(config: &Config, volume: &Volume) -> Result<(String, serde_json::Value), Failure> {
+    let path = volume.backing.of(config.me);
+    Err(Failure::failed(format!("{}: this build cannot read metadata", path.display())))
+}
+
+/// What to do with a file of saved blocks.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Saved {
+    /// List its ranges.
+    List,
+    /// Write a range's bytes to the standard output.
+    Extract {
+        /// First byte of the volume.
+        offset_bytes: u64,
+        /// How many.
+        length_bytes: u64,
+    },
+    /// Put every saved block into this file or device.
+    Onto(PathBuf),
+}
+
+/// Reads a file of blocks that `resolve` saved.
+///
+/// # Errors
+/// It cannot be read, is torn, or the target cannot be written.
+pub fn dump_saved(file: &Path, what: &Saved) -> Result<(String, serde_json::Value), Failure> {
+    Err(Failure::failed(format!("{}: this build cannot read saved blocks ({what:?})", file.display())))
+}
+
+/// Compares the data of two backings of stopped servers.
+///
+/// # Errors
+/// One cannot be read or claimed, or their volumes are of different sizes.
+pub fn compare(a: &Path, b: &Path, progress: Progress<'_>) -> Result<Comparison, Failure> {
+    let open = |path: &Path| {
+        let config = BackingConfig { data: path.to_owned(), metadata: None, wait: Duration::ZERO };
+        let mut io = MetaIo::open(&config, Access::ReadClaimed).map_err(|error| refused_or_failed(&error))?;
+        place(&mut io, path)?;
+        Ok::<_, Failure>(io)
+    };
+    let (mut a, mut b) = (open(a)?, open(b)?);
+    compare_data(&mut a, &mut b, progress)
+}
+
+/// The seam to the on-disk format: where the volume's data lies on a backing.
+fn place(_io: &mut MetaIo, path: &Path) -> Result<(), Failure> {
+    Err(Failure::failed(format!("{}: this build cannot read metadata", path.display())))
+}
+
+fn refused_or_failed(error: &StoreError) -> Failure {
+    match error {
+        StoreError::Io { .. } | StoreError::Range { .. } => Failure::failed(error.to_string()),
+        StoreError::NotFound { .. } | StoreError::NotBacking { .. } | StoreError::SameFile { .. } => {
+            Failure::wrong(error.to_string())
+        }
+        StoreError::Permission { .. }
+        | StoreError::InUse { .. }
+        | StoreError::ReadOnly { .. }
+        | StoreError::NoDirectIo { .. }
+        | StoreError::TooSmall { .. }
+        | StoreError::Sectors { .. }
+        | StoreError::Placement { .. }
+        | StoreError::Exists { .. } => Failure::refused(error.to_string()),
+    }
+}

@@ -1,0 +1,37 @@
+//! The laboratory: real servers on one machine. A server is a process tree in a PID, mount and network namespace of
+//! its own, its disks are loop devices, some over a disk that fails, is slow or loses what was not flushed.
+//!
+//! Nothing here shares code with the product: it starts the program, talks NBD to it, and reads both backings itself.
+
+pub mod copies;
+pub mod disk;
+pub mod history;
+pub mod host;
+pub mod loopdev;
+pub mod nbd;
+pub mod netns;
+pub mod ringload;
+pub mod seed;
+pub mod space;
+pub mod wait;
+pub mod writer;
+
+pub use disk::FaultyDisk;
+pub use host::Host;
+pub use loopdev::LoopDevice;
+pub use netns::NetNs;
+pub use seed::Seed;
+pub use space::Space;
+
+/// Whether this process may build the lab; if not, why. Tests print `SKIPPED: reason` and return.
+pub fn unavailable() -> Option<String> {
+    if !rustix::process::geteuid().is_root() {
+        return Some("the lab needs root (namespaces, loop devices, mounts)".to_owned());
+    }
+    for device in ["/dev/fuse", "/dev/loop-control"] {
+        if !std::path::Path::new(device).exists() {
+            return Some(format!("the lab needs {device}"));
+        }
+    }
+    None
+}
