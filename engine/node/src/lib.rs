@@ -8,3 +8,4 @@ pub mod events;
 pub mod failure;
 pub mod holder;
 pub mod offline;
+pub mod systemd;

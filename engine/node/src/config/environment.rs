@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::ErrorKind;
-use std::net::{IpAddr, SocketAddr, TcpListener};
+use std::net::{IpAddr, SocketAddr};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -90,9 +90,7 @@ impl Look<'_> {
     }
 
     fn address(&mut self, key: &str, address: SocketAddr) {
-        // A bound socket that never listens is seen by nobody.
-        let any_port = TcpListener::bind(SocketAddr::new(address.ip(), 0));
-        match any_port.map_err(|error| error.kind()) {
+        match bind_once(SocketAddr::new(address.ip(), 0)).map_err(|error| error.kind()) {
             Err(ErrorKind::AddrNotAvailable) => {
                 let ip = address.ip();
                 self.error(
@@ -107,7 +105,7 @@ impl Look<'_> {
                 self.error(key, "no-address", text, "name an address of this machine");
             }
             Ok(_) if self.alone => {
-                if let Err(error) = TcpListener::bind(address) {
+                if let Err(error) = bind_once(address) {
                     let text = format!("{address} cannot be listened on: {error}");
                     self.error(
                         key,
@@ -297,6 +295,17 @@ impl Look<'_> {
             self.leftover("", &control);
         }
     }
+}
+
+/// Binds and lets go. A bound socket that never listens is seen by nobody, and two of them do not disturb
+/// each other.
+fn bind_once(address: SocketAddr) -> std::io::Result<()> {
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, socket_with, sockopt};
+    let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+    let socket = socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    sockopt::set_socket_reuseaddr(&socket, true)?;
+    bind(&socket, &address)?;
+    Ok(())
 }
 
 const fn prefix(ip: IpAddr) -> u8 {

@@ -12,7 +12,7 @@ struct Place {
 
 impl Place {
     fn new() -> Self {
-        let dir = tempfile::tempdir().expect("directory");
+        let dir = tempfile::tempdir_in("/var/tmp").expect("directory");
         let place = Self { dir };
         let file = std::fs::File::create(place.path("data.img")).expect("made");
         file.set_len(64 << 20).expect("sized");

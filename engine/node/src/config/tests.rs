@@ -560,3 +560,21 @@ fn two_servers_on_one_loopback_address() {
     let same = text.replace("7701", "7700");
     assert_eq!(parse(&same).expect_err("one port").0[0].code, "duplicate");
 }
+
+/// The shipped example is right as it stands, and with every commented setting switched on.
+#[test]
+fn the_example_is_right() {
+    let example = include_str!("../../../../dist/duplex.toml");
+    let plain = Config::parse(example, Path::new("duplex.toml"), Some("alpha")).expect("the example");
+    let all: String = example
+        .lines()
+        .map(|line| line.strip_prefix("# ").filter(|rest| rest.contains(" = ")).unwrap_or(line))
+        .map(|line| line.replace("nbd = \"unix\"", "nbd = \"192.168.1.5:10809\"").replace("{ alpha", "{ …"))
+        .map(|line| format!("{line}\n"))
+        .collect();
+    let on = Config::parse(&all, Path::new("duplex.toml"), Some("beta")).expect("everything switched on");
+    assert_eq!(on.resync.max_bytes_per_s, 100 << 20);
+    assert_eq!(plain.arbiter, on.arbiter, "the times shown are the defaults");
+    let same = |config: &Config| (config.volumes[0].block_bytes, config.volumes[0].sector_bytes);
+    assert_eq!(same(&plain), same(&on));
+}
