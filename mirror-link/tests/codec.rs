@@ -135,7 +135,6 @@ fn control_messages() -> impl Strategy<Value = ControlMessage> {
             text
         }),
         Just(C::HandOverAsk),
-        Just(C::Activate { copies: vec![CopyRecord::blank(1, 2, 3)] }),
         any::<u64>().prop_map(|limit| C::Resync { command: Pace::MaxBytesPerSecond(limit) }),
         Just(C::Resync { command: Pace::Priority(Priority::High) }),
         Just(C::Resync { command: Pace::Pause }),
