@@ -127,8 +127,8 @@ pub struct NbdConfig {
     pub fast_zero: bool,
     /// How long a client may take to negotiate.
     pub negotiation_timeout: Duration,
-    /// Replies are first tried with one `sendmsg` outside the ring, which saves the completion of the send; what
-    /// does not fit the socket goes by the ring. `false`: all by the ring.
+    /// A reply that has no other to go with (a client that waits for each of its requests) is tried with one
+    /// `sendmsg` outside the ring, which saves the turn for the send's completion. `false`: all by the ring.
     pub direct_send: bool,
 }
 

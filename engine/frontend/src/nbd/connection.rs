@@ -541,7 +541,7 @@ impl Connection {
             return false;
         }
         while let Some(message) = self.tx.prepare(arena) {
-            if direct {
+            if direct && self.tx.is_lone() {
                 // SAFETY: the message was just prepared over memory of this connection and held slots.
                 match unsafe { send_now(self.socket.as_fd(), message) } {
                     Ok(count) => {

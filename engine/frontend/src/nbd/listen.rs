@@ -19,6 +19,8 @@ const UNIX_MODE: u32 = 0o660;
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(60);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 const KEEPALIVE_RETRIES: u32 = 6;
+/// A TCP client whose machine acknowledges nothing of a reply this long is gone.
+const USER_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// A socket file of ours, removed when dropped unless somebody replaced it.
 struct SocketFile {
@@ -128,6 +130,7 @@ pub(super) fn set_up_tcp(socket: &OwnedFd) -> io::Result<SocketAddr> {
         .with_interval(KEEPALIVE_INTERVAL)
         .with_retries(KEEPALIVE_RETRIES);
     socket.set_tcp_keepalive(&keepalive)?;
+    socket.set_tcp_user_timeout(Some(USER_TIMEOUT))?;
     socket.peer_addr()?.as_socket().ok_or_else(|| io::Error::other("the peer has no address"))
 }
 
@@ -154,6 +157,16 @@ mod tests {
         std::os::unix::net::UnixStream::connect(&path).unwrap();
         drop(listener);
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn the_group_gets_the_socket_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("nbd.sock");
+        let group = rustix::process::getegid().as_raw();
+        let address = ListenAddress::Unix { path: path.clone(), group: Some(group) };
+        let _listener = OpenListener::open(&address).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().gid(), group);
     }
 
     #[test]

@@ -5,8 +5,13 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use duplex_core::ids::BufferId;
 use duplex_ring::{Arena, Errno};
 
+use super::wire::CHUNK_BYTES;
+
 /// The kernel's limit of vectors in one message.
 const VECTORS_MAX: usize = 1024;
+
+/// The longest header of one reply: less than two of the shortest.
+const LONE_HEADER_BYTES: usize = CHUNK_BYTES + 8;
 
 /// A message header with its vectors, at addresses that do not change while the kernel uses them.
 pub(super) struct Message {
@@ -129,6 +134,14 @@ impl Tx {
         self.next.bytes.is_empty() && self.current.segments.is_empty()
     }
 
+    /// True when what is being sent is one reply from its beginning.
+    pub(super) fn is_lone(&self) -> bool {
+        let data = self.current.segments.len().saturating_sub(1);
+        self.current.bytes.len() <= LONE_HEADER_BYTES
+            && data <= 1
+            && self.sent_segments + self.sent_bytes == 0
+    }
+
     /// The message to send now; `None` when there is nothing to send, or a send is in flight.
     pub(super) fn prepare(&mut self, arena: &Arena) -> Option<*const libc::msghdr> {
         if self.in_flight {
@@ -217,6 +230,7 @@ mod tests {
         tx.payload(7, buffer, 4096);
         tx.bytes().extend_from_slice(&[3; 16]);
         assert_eq!(lengths(&mut tx, &arena), [32, 4096, 16]);
+        assert!(!tx.is_lone());
         let mut finished = Vec::new();
         tx.sent(20, &mut finished);
         assert_eq!(lengths(&mut tx, &arena), [12, 4096, 16]);
@@ -231,6 +245,7 @@ mod tests {
         tx.sent(16, &mut finished);
         assert!(!tx.is_empty());
         assert_eq!(lengths(&mut tx, &arena), [16]);
+        assert!(tx.is_lone());
         tx.sent(16, &mut finished);
         assert!(tx.is_empty());
         assert_eq!(finished, [7]);
