@@ -166,6 +166,24 @@ fn a_client_that_takes_no_replies_holds_no_more_than_its_share() {
 }
 
 #[test]
+fn buffers_that_others_held_are_used_when_they_come_back() {
+    let volume = Volume::with(SIZE, 1 << 20, |_| {});
+    let mut client = Client::go(volume.connect());
+    let taken = volume.on(|engine| engine.arena.alloc(1 << 20).expect("all of it"));
+    // In one piece: when the first is answered, the second has been looked at.
+    let mut bytes = request(77, 0, 0, 0, 0);
+    bytes.extend_from_slice(&request(command::READ, 0, 1, 0, 4096));
+    bytes.extend_from_slice(&request(command::FLUSH, 0, 2, 0, 0));
+    client.send(&bytes);
+    assert_eq!(client.simple(), (0, EINVAL));
+    assert_eq!(volume.on(|engine| engine.server.requests_in_flight()), 0);
+    volume.on(move |engine| engine.arena.release(taken));
+    assert_eq!(client.simple(), (1, 0));
+    client.take(4096);
+    assert_eq!(client.simple(), (2, 0));
+}
+
+#[test]
 fn endless_refused_requests_do_not_pile_up_replies() {
     let volume = Volume::start(SIZE);
     let client = Client::go(volume.connect());

@@ -49,7 +49,11 @@ impl Engine {
             while self.server.deadline().is_some_and(|deadline| deadline <= self.now) {
                 self.server.on_time(self.now, &mut self.ring);
             }
-            self.ring.turn(None, &mut completions).expect("turn");
+            // A test that has ended waits for the server's end, but not for ever.
+            let limit = self.stop.then_some(Duration::from_secs(20));
+            self.ring.turn(limit, &mut completions).expect("turn");
+            let stuck = self.stop && completions.is_empty() && !self.server.is_idle();
+            assert!(!stuck, "the server does not end: {} requests", self.server.requests_in_flight());
             for completion in completions.drain(..) {
                 self.server.on_completion(completion, &mut self.ring, &mut self.arena, &mut events);
             }
