@@ -6,6 +6,7 @@
 //! called (a write). Whoever needs it longer retains it in the arena.
 
 pub mod fuse;
+pub mod holder;
 pub mod loopdev;
 pub mod nbd;
 

@@ -1,8 +1,9 @@
 //! The loop device over a volume's FUSE file: set up, found again after a restart, detached, and its link.
 //!
-//! Everything here does blocking I/O to a file that this very program serves. Call it from another thread than the
-//! volume's, while the volume's thread runs.
+//! Setting up and detaching do blocking I/O to a file that this very program serves: in a child process, because a
+//! process that waits for itself cannot be killed. Call them from another thread than the volume's, while that runs.
 
+mod apart;
 mod link;
 mod users;
 
@@ -11,8 +12,9 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+pub use apart::set_up_device;
 pub use link::{LinkError, device_link, make_device_link, remove_device_link};
 pub use users::{DeviceUser, device_users};
 
@@ -117,6 +119,14 @@ pub enum LoopError {
         /// By whom.
         users: Vec<DeviceUser>,
     },
+    /// The work in the child process failed.
+    #[error("cannot {what} the loop device: {reason}")]
+    Apart {
+        /// What was to be done.
+        what: &'static str,
+        /// Why not, and what to do.
+        reason: String,
+    },
     /// It was detached but does not become free.
     #[error("{} was detached but is still held by somebody: {}; it goes when they let go", path.display(), list(users))]
     StillHeld {
@@ -164,16 +174,13 @@ pub enum DetachMode {
 }
 
 impl LoopDevice {
-    /// Sets a free loop device up over the volume's file (see [`crate::fuse::FuseMount::open_file`]), with direct I/O.
-    ///
-    /// # Errors
-    /// [`LoopError`].
-    pub fn configure(file: &File, options: &LoopOptions) -> Result<Self, LoopError> {
+    /// Sets a free loop device up over the volume's file, with direct I/O.
+    fn configure(file: &File, options: &LoopOptions) -> Result<Self, LoopError> {
         let control_path = Path::new("/dev/loop-control");
         let control = open_device(control_path)?;
         for _ in 0..ATTEMPTS_MAX {
             let number = control_call(control.as_fd(), control_path, "LOOP_CTL_GET_FREE", LOOP_CTL_GET_FREE)?;
-            let path = PathBuf::from(format!("/dev/loop{number}"));
+            let path = device_path(number);
             let device = match open_or_make(&path, number) {
                 Ok(device) => device,
                 // Somebody removed the number meanwhile.
@@ -228,7 +235,7 @@ impl LoopDevice {
             if !entry.path().join("loop/backing_file").exists() {
                 continue;
             }
-            let path = PathBuf::from(format!("/dev/loop{number}"));
+            let path = device_path(number);
             let Ok(device) = open_device(&path) else { continue };
             let Ok(info) = status(device.as_fd()) else { continue };
             let same = file_system.is_none_or(|file_system| file_system == info.device);
@@ -278,38 +285,17 @@ impl LoopDevice {
         }
     }
 
-    /// Takes the device away. What its cache still holds is written first, so the volume must serve (or refuse).
-    ///
-    /// # Errors
-    /// [`LoopError::InUse`] with the users (`IfUnused`), [`LoopError::StillHeld`] when somebody opened it meanwhile;
-    /// it then goes with the last of them.
-    pub fn detach(&self, mode: DetachMode) -> Result<(), LoopError> {
+    /// The blocking part of a detach.
+    fn clear(&self, mode: DetachMode) -> Result<(), LoopError> {
         let device = match mode {
-            DetachMode::IfUnused => {
-                let in_use = |users| LoopError::InUse { path: self.path.clone(), users };
-                let users = device_users(&self.path, LOOP_MAJOR, self.number);
-                if !users.is_empty() {
-                    return Err(in_use(users));
-                }
-                self.open_exclusively()?.ok_or_else(|| in_use(vec![DeviceUser::Unknown]))?
-            }
+            DetachMode::IfUnused => self.open_exclusively()?.ok_or_else(|| LoopError::InUse {
+                path: self.path.clone(),
+                users: vec![DeviceUser::Unknown],
+            })?,
             DetachMode::WhenClosed => open_device(&self.path)?,
         };
-        if !self.is_still_ours(device.as_fd()) {
-            return Ok(());
-        }
-        control_call(device.as_fd(), &self.path, "LOOP_CLR_FD", LOOP_CLR_FD)?;
-        drop(device);
-        if mode == DetachMode::WhenClosed {
-            return Ok(());
-        }
-        let began = Instant::now();
-        while self.is_attached() {
-            if began.elapsed() > DETACH_WAIT {
-                let users = device_users(&self.path, LOOP_MAJOR, self.number);
-                return Err(LoopError::StillHeld { path: self.path.clone(), users });
-            }
-            std::thread::sleep(Duration::from_millis(5));
+        if self.is_still_ours(device.as_fd()) {
+            control_call(device.as_fd(), &self.path, "LOOP_CLR_FD", LOOP_CLR_FD)?;
         }
         Ok(())
     }
@@ -326,10 +312,13 @@ impl LoopDevice {
     /// One loop request becomes one FUSE request. A refusal costs speed only.
     fn tune(&self) {
         let setting = format!("/sys/block/loop{}/queue/max_sectors_kb", self.number);
-        if let Err(error) = std::fs::write(&setting, REQUEST_MAX_KIB.to_string()) {
-            tracing::warn!(setting, %error, "cannot set the loop device's largest request");
-        }
+        // Not logged: this runs in the child process.
+        let _ = std::fs::write(setting, REQUEST_MAX_KIB.to_string());
     }
+}
+
+fn device_path(number: u32) -> PathBuf {
+    PathBuf::from(format!("/dev/loop{number}"))
 }
 
 fn open_device(path: &Path) -> Result<File, LoopError> {

@@ -11,6 +11,7 @@ use duplex_core::request::RequestError;
 use duplex_frontend::fuse::{FuseEnd, FuseMount, Service};
 use duplex_frontend::loopdev::{
     DetachMode, DeviceUser, LoopDevice, LoopError, make_device_link, remove_device_link, set_io_flusher,
+    set_up_device,
 };
 use parts::{
     Bench, Mounted, Order, Server, backing_in, can_run, has, open_backing, options, output, pattern, run,
@@ -343,12 +344,11 @@ fn sector_size_512_where_the_volume_has_it() {
     let backing = open_backing(&backing_in(directory.path()));
     let (mount, connection) = FuseMount::create("test").expect("a FUSE file system");
     let server = Server::start(backing, connection, Service::Serving);
-    let file = mount.open_file().expect("the file");
     let mut small = options();
     small.sector_bytes = 512;
-    let device = LoopDevice::configure(&file, &small).expect("a loop device");
+    let device = set_up_device(&mount, &small).expect("a loop device");
     let bench = Bench { device: Some(device), server: Some(server), directory };
-    drop((file, mount));
+    drop(mount);
     assert_eq!(setting(&bench, "queue/logical_block_size"), "512");
     let written = output(
         "dd",

@@ -2,7 +2,7 @@
 //!
 //! [`FuseMount`] makes the file system, detached: it is in nobody's tree of files, so nothing but the loop device
 //! keeps it. [`FuseDevice`] serves it on the volume's ring. The requests of a process that died wait in the kernel
-//! as long as somebody keeps the `/dev/fuse` descriptor; its successor has them sent again.
+//! as long as somebody keeps the `/dev/fuse` descriptor (see [`crate::holder`]); its successor has them sent again.
 
 mod device;
 mod entries;

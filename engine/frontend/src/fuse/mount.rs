@@ -158,8 +158,12 @@ impl FuseMount {
         self.agreed.resend
     }
 
-    /// Opens the volume's file, for the loop device. Waits for the volume's thread to answer: call it from another
-    /// one, while [`super::FuseDevice`] runs.
+    pub(crate) fn descriptor(&self) -> BorrowedFd<'_> {
+        self.mount.as_fd()
+    }
+
+    /// Opens the volume's file. Waits for the volume's thread to answer: call it from another one (better from another
+    /// process: see [`crate::loopdev::set_up_device`]), while [`super::FuseDevice`] runs.
     ///
     /// # Errors
     /// [`FuseError::Open`].

@@ -14,7 +14,7 @@ use duplex_core::ids::{ByteRange, RequestId};
 use duplex_core::request::{Request, RequestError, RequestOp};
 use duplex_frontend::FrontendEvent;
 use duplex_frontend::fuse::{Connection, FuseConfig, FuseDevice, FuseEnd, FuseMount, FuseStats, Service};
-use duplex_frontend::loopdev::{DetachMode, LoopDevice, LoopOptions};
+use duplex_frontend::loopdev::{DetachMode, LoopDevice, LoopOptions, set_up_device};
 use duplex_ring::{Arena, Completion, Owner, Ring, Waker};
 use rustix::fs::{FallocateFlags, fallocate};
 
@@ -55,6 +55,9 @@ pub(crate) struct Seen {
     pub(crate) unmaps: u64,
     pub(crate) longest_bytes: u64,
     pub(crate) in_flight_most: usize,
+    /// Inside the volume now, with this many turns to go at least.
+    pub(crate) in_flight: usize,
+    pub(crate) delay_turns: u32,
     pub(crate) misaligned: u64,
     pub(crate) opened: u64,
 }
@@ -224,6 +227,8 @@ impl Volume {
         {
             let mut seen = self.seen.lock().expect("not poisoned");
             seen.in_flight_most = seen.in_flight_most.max(most);
+            seen.in_flight = most;
+            seen.delay_turns = self.delay_turns;
         }
         let turn = self.turn;
         let due: Vec<_> = self.waiting.extract_if(.., |(at, _, _)| *at <= turn).collect();
@@ -298,10 +303,8 @@ impl Bench {
         let backing = open_backing(&backing_in(directory.path()));
         let (mount, connection) = FuseMount::create("test").expect("a FUSE file system");
         let server = Server::start(backing, connection, Service::Serving);
-        let file = mount.open_file().expect("the file");
+        let device = set_up_device(&mount, &options()).expect("a loop device");
         drop(mount);
-        let device = LoopDevice::configure(&file, &options()).expect("a loop device");
-        drop(file);
         Self { device: Some(device), server: Some(server), directory }
     }
 
