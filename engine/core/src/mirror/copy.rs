@@ -133,7 +133,10 @@ impl Copying {
 impl Volume {
     /// Takes part in a session.
     pub(super) fn join(&mut self, session: SessionId, part: Part, resume: bool) {
-        self.leave();
+        if self.joined.is_some() {
+            self.leave();
+        }
+        self.left = None;
         self.peer_failed = false;
         match part {
             Part::Source(plan) => {
@@ -152,9 +155,10 @@ impl Volume {
 
     /// The session is over. Marks stay; answers that were owed are lost.
     pub(super) fn leave(&mut self) {
-        if self.joined.take().is_none() {
-            return;
-        }
+        let Some(joined) = self.joined.take() else {
+            return self.drop_early();
+        };
+        self.left = Some(joined.session);
         self.copying.stop();
         self.drop_sent_chunks();
         self.taking.reset();

@@ -128,6 +128,10 @@ pub struct Volume {
     pub(super) epoch: u64,
     pub(super) lease_until: Instant,
     pub(super) joined: Option<Joined>,
+    /// The session this volume took part in last.
+    pub(super) left: Option<SessionId>,
+    /// What the peer said in a session that this side was not yet told to join.
+    pub(super) early: VecDeque<(SessionId, VolumeMessage, Option<BufferId>)>,
     pub(super) locks: RangeLocks<Holder>,
     /// Holders whose turn came; drained before `handle` returns.
     pub(super) granted: Vec<Holder>,
@@ -160,6 +164,8 @@ impl Volume {
             epoch: 0,
             lease_until: Instant::default(),
             joined: None,
+            left: None,
+            early: VecDeque::new(),
             locks: RangeLocks::new(),
             granted: Vec::new(),
             clients: ClientOps::default(),
@@ -369,8 +375,7 @@ impl Volume {
 
     fn on_message(&mut self, session: SessionId, message: VolumeMessage, buffer: Option<BufferId>) {
         if self.joined.is_none_or(|j| j.session != session) {
-            self.release(buffer);
-            return;
+            return self.keep_early(session, message, buffer);
         }
         match message {
             VolumeMessage::Write { .. }
@@ -393,6 +398,36 @@ impl Volume {
         }
     }
 
+    /// The peer took part before this side was told to: what it says waits for [`Order::Join`]. The link's
+    /// credit bounds how much that is.
+    fn keep_early(&mut self, session: SessionId, message: VolumeMessage, buffer: Option<BufferId>) {
+        if self.left == Some(session) {
+            return self.release(buffer);
+        }
+        if self.early.front().is_some_and(|(earlier, _, _)| *earlier != session) {
+            self.drop_early();
+        }
+        self.early.push_back((session, message, buffer));
+    }
+
+    /// This side takes part from now on: hear what the peer said meanwhile.
+    pub(super) fn hear_early(&mut self, session: SessionId) {
+        for (said_in, message, buffer) in std::mem::take(&mut self.early) {
+            if said_in == session {
+                self.on_message(session, message, buffer);
+            } else {
+                self.release(buffer);
+            }
+        }
+    }
+
+    /// What was said early in a session that is over.
+    pub(super) fn drop_early(&mut self) {
+        for (_, _, buffer) in std::mem::take(&mut self.early) {
+            self.release(buffer);
+        }
+    }
+
     fn on_order(&mut self, order: Order) {
         match order {
             Order::Record { tag, server, change, preflush } => {
@@ -401,6 +436,7 @@ impl Volume {
             Order::Join { session, part, resume, toward } => {
                 self.join(session, part, resume);
                 self.taking.set_toward(toward);
+                self.hear_early(session);
             }
             Order::Leave => self.leave(),
             Order::Serve { mode, epoch } => self.open(mode, epoch),
