@@ -169,9 +169,13 @@ impl Place {
     fn new() -> Self {
         let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("directory");
         let d = dir.path().display();
+        // Free a moment ago.
+        let free = std::net::TcpListener::bind("127.0.0.1:0").expect("port");
+        let port = free.local_addr().expect("address").port();
+        drop(free);
         let text = format!(
-            "pair = \"shop\"\nstate_dir = \"{d}/state\"\n[servers.alpha]\nlink = [\"127.0.0.1:47801\"]\n\
-             [servers.beta]\nlink = [\"127.0.0.2:47801\"]\n[volumes.data]\nbacking = \"{d}/data.img\"\n\
+            "pair = \"shop\"\nstate_dir = \"{d}/state\"\n[servers.alpha]\nlink = [\"127.0.0.1:{port}\"]\n\
+             [servers.beta]\nlink = [\"127.0.0.2:{port}\"]\n[volumes.data]\nbacking = \"{d}/data.img\"\n\
              frontend = \"none\"\n[security]\nsecret = \"{d}/secret\"\n"
         );
         let config = dir.path().join("duplex.toml");
@@ -547,7 +551,10 @@ fn another_user_is_refused_by_mode_and_by_credentials() {
     open(fake.dir.path(), 0o755);
     // The program may lie where this user cannot look.
     let copy = fake.dir.path().join("duplex");
-    std::fs::copy(env!("CARGO_BIN_EXE_duplex"), &copy).expect("copied");
+    // By another process: a writing descriptor here could slip into a child of a test beside this one, and a
+    // file that is open for writing cannot be run.
+    let copied = Command::new("cp").arg(env!("CARGO_BIN_EXE_duplex")).arg(&copy).status().expect("cp");
+    assert!(copied.success());
     let as_nobody = |args: &[&str]| {
         let run_dir = fake.run_dir();
         let mut command = Command::new(&copy);

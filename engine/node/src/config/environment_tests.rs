@@ -8,12 +8,15 @@ use super::*;
 /// Files and directories of one small, right pair.
 struct Place {
     dir: tempfile::TempDir,
+    /// Free a moment ago.
+    port: u16,
 }
 
 impl Place {
     fn new() -> Self {
         let dir = tempfile::tempdir_in("/var/tmp").expect("directory");
-        let place = Self { dir };
+        let free = std::net::TcpListener::bind("127.0.0.1:0").expect("port");
+        let place = Self { dir, port: free.local_addr().expect("address").port() };
         let file = std::fs::File::create(place.path("data.img")).expect("made");
         file.set_len(64 << 20).expect("sized");
         secret::create(&place.path("secret")).expect("secret");
@@ -26,10 +29,11 @@ impl Place {
 
     fn text(&self) -> String {
         format!(
-            "pair = \"p\"\nstate_dir = \"{d}/state\"\n[servers.a]\nlink = [\"127.0.0.1:47700\"]\n\
-             [servers.b]\nlink = [\"127.0.0.2:47700\"]\n[volumes.data]\nbacking = \"{d}/data.img\"\n\
+            "pair = \"p\"\nstate_dir = \"{d}/state\"\n[servers.a]\nlink = [\"127.0.0.1:{p}\"]\n\
+             [servers.b]\nlink = [\"127.0.0.2:{p}\"]\n[volumes.data]\nbacking = \"{d}/data.img\"\n\
              frontend = \"none\"\n[security]\nsecret = \"{d}/secret\"\n",
-            d = self.dir.path().display()
+            d = self.dir.path().display(),
+            p = self.port
         )
     }
 
@@ -66,7 +70,7 @@ fn what_is_wrong_here_names_the_line() {
     assert_eq!((problem.place.line, problem.key.as_str()), (8, "volumes.data.backing"));
     assert!(problem.fix.contains("truncate -s") && problem.to_string().contains("none.img"), "{problem}");
 
-    let found = place.check(&text.replace("127.0.0.1:47700", "192.0.2.77:47700"));
+    let found = place.check(&text.replace("127.0.0.1", "192.0.2.77"));
     let problem = one(&found, "no-address");
     assert_eq!((problem.place.line, problem.key.as_str()), (4, "servers.a.link[0]"));
     assert!(problem.fix.contains("ip address add 192.0.2.77/24"), "{problem}");
@@ -120,7 +124,7 @@ fn ports_and_left_over_sockets() {
     drop(UnixListener::bind(place.path("run/data.nbd")).expect("socket"));
     let busy = std::net::TcpListener::bind("127.0.0.1:0").expect("port");
     let port = busy.local_addr().expect("address").port();
-    let text = place.text().replace("127.0.0.1:47700", &format!("127.0.0.1:{port}"));
+    let text = place.text().replace(&format!("127.0.0.1:{}", place.port), &format!("127.0.0.1:{port}"));
     let found = place.check(&text);
     let stale = found.iter().filter(|problem| problem.code == "stale-socket").count();
     assert_eq!(stale, 2, "{found:#?}");

@@ -264,6 +264,13 @@ async fn down_is_answered_by_the_stopping_daemon() {
     let down = tokio::spawn(async move { client.command(&Command::Down).await });
     let call = calls.recv().await.expect("call");
     daemon.stop.send_replace(true);
+    // The server has seen the stop once its socket is gone; the connection saw it in the same turn.
+    while daemon.client.socket().exists() {
+        tokio::task::yield_now().await;
+    }
+    for _ in 0..100 {
+        tokio::task::yield_now().await;
+    }
     call.reply.send(Answer::ok("handed over to beta")).expect("the server waits for it");
     assert_eq!(down.await.expect("ran").expect("an answer"), Answer::ok("handed over to beta"));
 }
