@@ -1,3 +1,4 @@
 //! Simulator, acceptance cases and crash runs of Duplex, and the laboratory they run in.
 
+pub mod cases;
 pub mod lab;

@@ -106,6 +106,11 @@ impl History {
         touched.map(|(number, _)| number as u64).collect()
     }
 
+    /// The newest acknowledged write of a block; 0: none.
+    pub fn promised(&self, block: u64) -> u64 {
+        self.blocks[block as usize].acknowledged
+    }
+
     fn issue(&mut self, block: u64, zeroes: bool) -> u64 {
         let sequence = self.next;
         self.next += 1;
@@ -131,9 +136,11 @@ impl History {
         self.unflushed.push((block, sequence));
     }
 
-    /// A flush about to be sent.
+    /// A flush about to be sent. What a power cut took (read since, and found older) it cannot bring back.
     pub fn flush(&mut self) -> FlushMark {
-        FlushMark(std::mem::take(&mut self.unflushed))
+        let mut covered = std::mem::take(&mut self.unflushed);
+        covered.retain(|(block, sequence)| *sequence <= self.blocks[*block as usize].acknowledged);
+        FlushMark(covered)
     }
 
     /// The flush was acknowledged.
@@ -285,6 +292,17 @@ mod tests {
         let (_, one) = history.write(1);
         history.read(1, &one, Floor::Flushed).expect("a write under way may be there");
         assert!(history.judge(1, &[0; BLOCK_BYTES], Floor::Flushed).is_err());
+    }
+
+    #[test]
+    fn a_flush_after_a_power_cut_does_not_promise_what_the_cut_took() {
+        let mut history = History::new(9, 4);
+        let (first, _) = history.write(1);
+        history.acknowledge(1, first);
+        history.read(1, &[0; BLOCK_BYTES], Floor::Flushed).expect("it was never flushed");
+        let mark = history.flush();
+        history.flushed(mark);
+        assert!(history.judge(1, &[0; BLOCK_BYTES], Floor::Flushed).is_ok());
     }
 
     #[test]

@@ -10,8 +10,11 @@ pub mod host;
 pub mod loopdev;
 pub mod nbd;
 pub mod netns;
+pub mod pair;
+pub mod relay;
 pub mod ringload;
 pub mod seed;
+pub mod server;
 pub mod space;
 pub mod wait;
 pub mod writer;
@@ -20,7 +23,10 @@ pub use disk::FaultyDisk;
 pub use host::Host;
 pub use loopdev::LoopDevice;
 pub use netns::NetNs;
+pub use pair::{DiskKind, Pair, PairOptions};
+pub use relay::Relay;
 pub use seed::Seed;
+pub use server::Server;
 pub use space::Space;
 
 /// Whether this process may build the lab; if not, why. Tests print `SKIPPED: reason` and return.

@@ -1,0 +1,187 @@
+//! RUN: the daemon itself: restarted under load, started with nonsense.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::JoinHandle;
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+
+use super::wrong_configurations::WRONG;
+use super::{Case, Stage};
+use crate::lab::pair::LIMIT;
+use crate::lab::{PairOptions, Seed, Server, wait};
+
+pub(super) const CASES: &[Case] = &[
+    Case {
+        name: "RUN-1",
+        sabotage: "the holder is killed with the daemon",
+        run: restart_under_load,
+        ends_mirrored: true,
+        limit_s: 300,
+    },
+    Case {
+        name: "RUN-4",
+        sabotage: "the right configuration is tried as one of the wrong ones",
+        run: configuration_errors,
+        ends_mirrored: false,
+        limit_s: 240,
+    },
+];
+
+/// Runs a program of the system; fails with what it said.
+fn system(words: &[&str]) -> Result<String> {
+    let output = Command::new(words[0]).args(&words[1..]).output().with_context(|| words[0].to_owned())?;
+    let said =
+        format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    if output.status.success() { Ok(said) } else { bail!("{}: {}", words.join(" "), said.trim()) }
+}
+
+/// Files written and synced one after the other, each with a content that follows from its number.
+struct Files {
+    stop: Arc<AtomicBool>,
+    written: Arc<AtomicU64>,
+    thread: JoinHandle<Result<()>>,
+}
+
+const FILES: u64 = 64;
+
+fn content(number: u64) -> Vec<u8> {
+    let mut seed = Seed::new(number);
+    (0..4096).flat_map(|_| seed.bits().to_le_bytes()).collect()
+}
+
+impl Files {
+    fn start(directory: PathBuf) -> Files {
+        let (stop, written) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+        let (until, count) = (Arc::clone(&stop), Arc::clone(&written));
+        let thread = std::thread::spawn(move || {
+            while !until.load(Ordering::Relaxed) {
+                let number = count.load(Ordering::Relaxed);
+                let file = std::fs::File::create(directory.join(format!("f{}", number % FILES)))?;
+                std::os::unix::fs::FileExt::write_all_at(&file, &content(number), 0)?;
+                file.sync_all().with_context(|| format!("file {number}"))?;
+                count.fetch_add(1, Ordering::Relaxed);
+            }
+            Ok(())
+        });
+        Files { stop, written, thread }
+    }
+
+    fn wait_more(&self, more: u64) -> Result<()> {
+        let goal = self.written.load(Ordering::Relaxed) + more;
+        wait::until(&format!("{more} more files"), LIMIT, || {
+            ensure!(!self.thread.is_finished(), "the writer of files ended");
+            Ok((self.written.load(Ordering::Relaxed) >= goal).then_some(()))
+        })
+    }
+
+    /// How many were written, all without an error.
+    fn finish(self) -> Result<u64> {
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread
+            .join()
+            .map_err(|_| anyhow!("the writer of files panicked"))?
+            .context("an I/O error reached a file")?;
+        Ok(self.written.load(Ordering::Relaxed))
+    }
+}
+
+fn check_files(directory: &Path, written: u64) -> Result<()> {
+    for number in written.saturating_sub(FILES)..written {
+        let found = std::fs::read(directory.join(format!("f{}", number % FILES)))?;
+        ensure!(found == content(number), "file {number} has another content");
+    }
+    Ok(())
+}
+
+fn device_of(server: &Server) -> Result<PathBuf> {
+    let link = server.status_word("/volumes/0/device")?;
+    ensure!(!link.is_empty(), "the status names no device");
+    std::fs::canonicalize(&link).with_context(|| link.clone())
+}
+
+fn restart_under_load(stage: &mut Stage) -> Result<()> {
+    let sabotage = stage.sabotage;
+    let pair = stage.pair(PairOptions { frontend: "fuse", ..PairOptions::default() })?;
+    pair.start_mirrored()?;
+    let device = device_of(&pair.alpha)?;
+    let name = device.display().to_string();
+    let mount = pair.directory().join("mnt");
+    std::fs::create_dir(&mount)?;
+    let point = mount.display().to_string();
+    system(&["mkfs.ext4", "-q", &name])?;
+    system(&["mount", &name, &point])?;
+    let files = Files::start(mount.clone());
+    let result: Result<()> = (|| {
+        files.wait_more(20)?;
+        for _ in 0..3 {
+            if sabotage {
+                for (pid, words) in pair.alpha.host()?.processes()? {
+                    if words.contains(" holder") {
+                        pair.alpha.host()?.signal(pid, rustix::process::Signal::KILL)?;
+                    }
+                }
+            }
+            pair.alpha.kill_daemon()?;
+            pair.alpha.start_daemon()?;
+            pair.alpha.wait("role=primary", LIMIT)?;
+            files.wait_more(20)?;
+            pair.wait_mirrored()?;
+        }
+        Ok(())
+    })();
+    let written = files.finish();
+    let checked = written.as_ref().map_or(Ok(()), |written| check_files(&mount, *written));
+    let unmounted = system(&["umount", &point]);
+    result?;
+    Stage::note(&format!("{} files written and synced over three restarts", written?));
+    checked?;
+    unmounted?;
+    system(&["fsck.ext4", "-fn", &name]).context("the file system after three restarts")?;
+    ensure!(device_of(&pair.alpha)? == device, "the device has another name after the restarts");
+    let sent = super::sent_in_resync(&pair.alpha)?;
+    ensure!(sent < pair.volume_bytes()? / 2, "a restart sent {sent} bytes: no short resync");
+    Ok(())
+}
+
+fn configuration_errors(stage: &mut Stage) -> Result<()> {
+    let sabotage = stage.sabotage;
+    let pair = stage.pair(PairOptions::default())?;
+    pair.create()?;
+    let server = &mut pair.alpha;
+    let right = std::fs::read_to_string(server.config())?;
+    let accepted = server.cli(&["check"])?;
+    ensure!(accepted.ended.code != Some(2), "the right configuration is called wrong: {}", accepted.text());
+    ensure!(WRONG.len() >= 30, "thirty wrong configurations are asked for");
+    for (number, wrong) in WRONG.iter().enumerate() {
+        ensure!(right.contains(wrong.from), "wrong configuration {number} does not apply");
+        let text =
+            if sabotage && number == 7 { right.clone() } else { right.replacen(wrong.from, wrong.to, 1) };
+        std::fs::write(server.config(), &text)?;
+        for verb in ["check", "daemon"] {
+            named(server, verb, wrong.key, &text).with_context(|| format!("`{verb}` with {:?}", wrong.to))?;
+        }
+    }
+    std::fs::write(server.config(), &right)?;
+    server.start_daemon()
+}
+
+/// The verb ends with exit code 2 and names file, line, key and a fix.
+fn named(server: &Server, verb: &str, key: &str, text: &str) -> Result<()> {
+    let output = server.cli(&[verb])?;
+    ensure!(output.ended.code == Some(2), "ended {:?}: {}", output.ended, output.text());
+    let said = output.text();
+    let file = server.config().display().to_string();
+    ensure!(said.contains(&file), "does not name the file: {said}");
+    let line = said
+        .split(&file)
+        .nth(1)
+        .and_then(|rest| rest.trim_start_matches(':').split(':').next()?.parse::<usize>().ok());
+    let line = line.with_context(|| format!("does not name a line: {said}"))?;
+    ensure!(line >= 1 && line <= text.lines().count() + 1, "names line {line}: {said}");
+    ensure!(said.contains(key), "does not name `{key}`: {said}");
+    ensure!(said.contains("fix:"), "names no fix: {said}");
+    Ok(())
+}
