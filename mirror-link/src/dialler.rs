@@ -91,9 +91,10 @@ pub(crate) fn reason(error: &HandshakeError) -> String {
         HandshakeError::Connection(StreamError::Closed) => {
             "the peer closed the connection during the handshake".to_owned()
         }
-        HandshakeError::Connection(_) | HandshakeError::Stranger(_) | HandshakeError::Refused(_) => {
-            error.to_string()
-        }
+        HandshakeError::Connection(_)
+        | HandshakeError::Stranger(_)
+        | HandshakeError::Vanished(_)
+        | HandshakeError::Refused(_) => error.to_string(),
     }
 }
 

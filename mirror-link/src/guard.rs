@@ -28,6 +28,18 @@ pub(crate) enum Turned {
     TooMany,
 }
 
+/// How a handshake ended.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Attempt {
+    /// The other end holds the secret.
+    Proven,
+    /// It said something wrong.
+    Failed,
+    /// The connection ended before anything was proved. From the peer's address that is a bad network, not an attack:
+    /// it must not keep the peer out.
+    Vanished,
+}
+
 #[derive(Debug)]
 struct Address {
     failures: u32,
@@ -87,15 +99,21 @@ impl Guard {
     }
 
     /// The handshake ended. A failure counts against the address; a success clears it.
-    pub(crate) fn leave(&mut self, address: IpAddr, proven: bool, now: Instant) {
+    pub(crate) fn leave(&mut self, address: IpAddr, end: Attempt, now: Instant) {
         let is_peer = self.peers.contains(&address);
         let pending = if is_peer { &mut self.pending_peers } else { &mut self.pending_others };
         *pending = pending.saturating_sub(1);
         if let Some(entry) = self.addresses.get_mut(&address) {
             entry.pending = entry.pending.saturating_sub(1);
             entry.forgive(now);
-            entry.failures = if proven { 0 } else { entry.failures.saturating_add(1) };
-            entry.since = now;
+            match end {
+                Attempt::Proven => entry.failures = 0,
+                Attempt::Vanished if is_peer => {}
+                Attempt::Vanished | Attempt::Failed => {
+                    entry.failures = entry.failures.saturating_add(1);
+                    entry.since = now;
+                }
+            }
         }
     }
 
@@ -131,7 +149,7 @@ mod tests {
         let start = Instant::now();
         for _ in 0..FAILURES_MAX {
             assert_eq!(guard.enter(address(1), start), Ok(()));
-            guard.leave(address(1), false, start);
+            guard.leave(address(1), Attempt::Failed, start);
         }
         assert_eq!(guard.enter(address(1), start), Err((Turned::TooOften, true)));
         assert_eq!(guard.enter(address(1), start), Err((Turned::TooOften, false)), "reported once");
@@ -151,8 +169,23 @@ mod tests {
         }
         assert_eq!(entered, PENDING_MAX);
         assert_eq!(guard.enter(address(9), now), Ok(()));
-        guard.leave(address(10), false, now);
+        guard.leave(address(10), Attempt::Failed, now);
         assert_eq!(guard.enter(address(200), now), Ok(()), "a place became free");
+    }
+
+    #[test]
+    fn a_bad_network_does_not_keep_the_peer_out() {
+        let mut guard = Guard::new(vec![address(9)]);
+        let now = Instant::now();
+        for _ in 0..5 * FAILURES_MAX {
+            assert_eq!(guard.enter(address(9), now), Ok(()));
+            guard.leave(address(9), Attempt::Vanished, now);
+        }
+        for _ in 0..FAILURES_MAX {
+            assert_eq!(guard.enter(address(1), now), Ok(()));
+            guard.leave(address(1), Attempt::Vanished, now);
+        }
+        assert!(guard.enter(address(1), now).is_err());
     }
 
     #[test]
@@ -162,7 +195,7 @@ mod tests {
         for index in 0..3 * ADDRESSES_MAX as u32 {
             let address = IpAddr::from(index.to_be_bytes());
             if guard.enter(address, now).is_ok() {
-                guard.leave(address, false, now);
+                guard.leave(address, Attempt::Failed, now);
             }
         }
         assert!(guard.addresses.len() <= ADDRESSES_MAX);

@@ -145,6 +145,9 @@ pub(crate) enum HandshakeError {
     /// The other end did not prove that it holds the secret.
     #[error("{0}")]
     Stranger(String),
+    /// The connection ended, or nothing came, before anything could be proved.
+    #[error("{0}")]
+    Vanished(String),
     /// It is the peer, but the two do not fit.
     #[error("refused ({}): here {:?}, there {:?}", .0.code, .0.mine, .0.theirs)]
     Refused(Refusal),
@@ -392,7 +395,7 @@ pub(crate) struct Accepted {
 /// was checked makes the other end a stranger.
 pub(crate) async fn accept(shared: &Shared, tcp: TcpStream) -> Result<Accepted, HandshakeError> {
     let (mut stream, greeted) = match prove_as_listener(shared, tcp).await {
-        Err(HandshakeError::Connection(error)) => Err(HandshakeError::Stranger(error.to_string())),
+        Err(HandshakeError::Connection(error)) => Err(unproven(&error)),
         other => other,
     }?;
     stream.trust();
@@ -408,6 +411,18 @@ pub(crate) async fn accept(shared: &Shared, tcp: TcpStream) -> Result<Accepted, 
             version,
         }),
         Err(refusal) => Err(refuse(stream, refusal).await),
+    }
+}
+
+/// A connection that ended before the proof: by what was said, or by itself?
+pub(crate) fn unproven(error: &StreamError) -> HandshakeError {
+    match error {
+        StreamError::Closed | StreamError::Io(_) | StreamError::Deadline(_) => {
+            HandshakeError::Vanished(error.to_string())
+        }
+        StreamError::Tls(_) | StreamError::Frame(_) | StreamError::TooMuch { .. } => {
+            HandshakeError::Stranger(error.to_string())
+        }
     }
 }
 

@@ -11,8 +11,8 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
 
-use crate::guard::Guard;
-use crate::handshake::{Accepted, HandshakeError, Purpose, Refusal, Shared, accept};
+use crate::guard::{Attempt, Guard};
+use crate::handshake::{Accepted, HandshakeError, Purpose, Refusal, Shared, accept, unproven};
 use crate::link::{DataConnection, LinkEvent};
 use crate::manager::{DataAsk, Input, next_connection};
 use crate::path::{ControlConnection, Outbox, PathCounters};
@@ -99,11 +99,17 @@ impl Listening {
         let deadline = self.shared.config.timers.handshake;
         let accepted = timeout(deadline, accept(&self.shared, tcp))
             .await
-            .unwrap_or_else(|_| Err(HandshakeError::Stranger(StreamError::Deadline(deadline).to_string())));
-        let proven = !matches!(accepted, Err(HandshakeError::Stranger(_)));
-        self.guard().leave(address.ip(), proven, Instant::now());
+            .unwrap_or_else(|_| Err(unproven(&StreamError::Deadline(deadline))));
+        let end = match &accepted {
+            Err(HandshakeError::Stranger(_)) => Attempt::Failed,
+            Err(HandshakeError::Vanished(_)) => Attempt::Vanished,
+            Err(HandshakeError::Refused(_) | HandshakeError::Connection(_)) | Ok(_) => Attempt::Proven,
+        };
+        self.guard().leave(address.ip(), end, Instant::now());
         match accepted {
-            Err(HandshakeError::Stranger(why)) => self.tell(LinkEvent::Stranger { address, why }).await,
+            Err(HandshakeError::Stranger(why) | HandshakeError::Vanished(why)) => {
+                self.tell(LinkEvent::Stranger { address, why }).await
+            }
             Err(HandshakeError::Refused(refusal)) => self.tell(LinkEvent::Refused(refusal)).await,
             Err(HandshakeError::Connection(error)) => {
                 tracing::info!(%address, %error, "mirror link: the peer's connection ended in the handshake");

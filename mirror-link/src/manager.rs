@@ -312,7 +312,10 @@ impl Manager {
                 let address = self.shared.config.paths[usize::from(path)].peer;
                 self.outgoing.push(LinkEvent::Stranger { address, why });
             }
-            HandshakeError::Refused(_) | HandshakeError::Stranger(_) | HandshakeError::Connection(_) => {}
+            HandshakeError::Refused(_)
+            | HandshakeError::Stranger(_)
+            | HandshakeError::Vanished(_)
+            | HandshakeError::Connection(_) => {}
         }
     }
 
@@ -684,6 +687,7 @@ impl Manager {
                     }
                     HandshakeError::Refused(_)
                     | HandshakeError::Stranger(_)
+                    | HandshakeError::Vanished(_)
                     | HandshakeError::Connection(_) => {
                         tracing::info!(volume = volume.0, %error, "mirror link: no data connection yet");
                     }

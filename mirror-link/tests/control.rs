@@ -125,16 +125,19 @@ fn heartbeats_come_once_though_they_go_over_every_path() {
 fn a_lost_path_is_told_and_the_session_goes_on() {
     let pair = pair(2, Encryption::Tls);
     let (beta, alpha) = (Server::start(pair.beta.clone(), None), Server::start(pair.alpha.clone(), None));
-    let (mut session, mut both) = (None, false);
-    let session = alpha.expect("a session and both paths", |event| {
-        match event {
-            LinkEvent::SessionUp { session: new, .. } => session = Some(new),
-            LinkEvent::Path { path: 1, up: true, .. } => both = true,
-            _ => {}
-        }
-        session.filter(|_| both)
-    });
-    assert_eq!(beta.session(), session);
+    let ready = |server: &Server| {
+        let (mut session, mut up) = (None, [false; 2]);
+        server.expect("a session and both paths", |event| {
+            match event {
+                LinkEvent::SessionUp { session: new, .. } => session = Some(new),
+                LinkEvent::Path { path, up: true, .. } => up[usize::from(path)] = true,
+                _ => {}
+            }
+            session.filter(|_| up == [true; 2])
+        })
+    };
+    let session = ready(&alpha);
+    assert_eq!(ready(&beta), session);
     let path = |server: &Server, wanted: u16, is_up: bool| {
         server.expect("the path's state", |event| match event {
             LinkEvent::Path { path, up, .. } if (path, up) == (wanted, is_up) => Some(()),
