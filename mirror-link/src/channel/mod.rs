@@ -472,3 +472,6 @@ fn consume(
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
