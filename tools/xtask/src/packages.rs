@@ -36,6 +36,8 @@ pub(crate) const LAB: &[Need] = &[
     need("fsck.ext4", "e2fsprogs"),
     need("mkfs.xfs", "xfsprogs"),
     need("xfs_repair", "xfsprogs"),
+    need("mkfs.btrfs", "btrfs-progs"),
+    need("mkfs.vfat", "dosfstools"),
     need("mount", "mount"),
     need("losetup", "mount"),
     need("blkdiscard", "util-linux"),
@@ -43,6 +45,7 @@ pub(crate) const LAB: &[Need] = &[
     need("fio", "fio"),
     need("nbdinfo", "libnbd-bin"),
     need("nbdcopy", "libnbd-bin"),
+    need("qemu-nbd", "qemu-utils"),
     need("qemu-img", "qemu-utils"),
     need("qemu-io", "qemu-utils"),
 ];
