@@ -10,7 +10,7 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 
 use super::wrong_configurations::WRONG;
 use super::{Case, Stage};
-use crate::lab::pair::LIMIT;
+use crate::lab::pair::{LIMIT, VOLUME};
 use crate::lab::{PairOptions, Seed, Server, wait};
 
 pub(super) const CASES: &[Case] = &[
@@ -149,7 +149,6 @@ fn restart_under_load(stage: &mut Stage) -> Result<()> {
 fn configuration_errors(stage: &mut Stage) -> Result<()> {
     let sabotage = stage.sabotage;
     let pair = stage.pair(PairOptions::default())?;
-    pair.create()?;
     let server = &mut pair.alpha;
     let right = std::fs::read_to_string(server.config())?;
     let accepted = server.cli(&["check"])?;
@@ -161,10 +160,12 @@ fn configuration_errors(stage: &mut Stage) -> Result<()> {
             if sabotage && number == 7 { right.clone() } else { right.replacen(wrong.from, wrong.to, 1) };
         std::fs::write(server.config(), &text)?;
         for verb in ["check", "daemon"] {
-            named(server, verb, wrong.key, &text).with_context(|| format!("`{verb}` with {:?}", wrong.to))?;
+            named(server, verb, wrong.key, &text)
+                .with_context(|| format!("`{verb}` with {:?} for {:?}", wrong.to, wrong.from))?;
         }
     }
     std::fs::write(server.config(), &right)?;
+    server.must(&["create", VOLUME])?;
     server.start_daemon()
 }
 
@@ -172,16 +173,14 @@ fn configuration_errors(stage: &mut Stage) -> Result<()> {
 fn named(server: &Server, verb: &str, key: &str, text: &str) -> Result<()> {
     let output = server.cli(&[verb])?;
     ensure!(output.ended.code == Some(2), "ended {:?}: {}", output.ended, output.text());
-    let said = output.text();
     let file = server.config().display().to_string();
+    let said = output.text();
     ensure!(said.contains(&file), "does not name the file: {said}");
-    let line = said
-        .split(&file)
-        .nth(1)
-        .and_then(|rest| rest.trim_start_matches(':').split(':').next()?.parse::<usize>().ok());
+    let after = said.split(&file).skip(1).filter_map(|rest| rest.strip_prefix(':')?.split(':').next());
+    let line = after.filter_map(|number| number.parse::<usize>().ok()).next();
     let line = line.with_context(|| format!("does not name a line: {said}"))?;
     ensure!(line >= 1 && line <= text.lines().count() + 1, "names line {line}: {said}");
-    ensure!(said.contains(key), "does not name `{key}`: {said}");
+    ensure!(said.replace(&file, "").contains(key), "does not name `{key}`: {said}");
     ensure!(said.contains("fix:"), "names no fix: {said}");
     Ok(())
 }

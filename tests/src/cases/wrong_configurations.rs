@@ -7,7 +7,7 @@ pub(super) struct Wrong {
     pub(super) from: &'static str,
     /// … is replaced by this.
     pub(super) to: &'static str,
-    /// What the message must name.
+    /// What the message must name; nothing where the line cannot be read.
     pub(super) key: &'static str,
 }
 
@@ -22,7 +22,7 @@ const SECURITY: &str = "[security]";
 const ENCRYPTION: &str = "encryption = \"on\"";
 
 pub(super) const WRONG: &[Wrong] = &[
-    wrong(PAIR, "pair = lab", "lab"),
+    wrong(PAIR, "pair = lab", ""),
     wrong(PAIR, "pear = \"lab\"", "pear"),
     wrong(PAIR, "", "pair"),
     wrong(PAIR, "pair = 7", "pair"),
@@ -31,7 +31,7 @@ pub(super) const WRONG: &[Wrong] = &[
     wrong(PAIR, "pair = \"lab\"\npair = \"lab\"", "pair"),
     wrong(PAIR, "pair = \"lab\"\ncolour = \"red\"", "colour"),
     wrong(SECURITY, "[securty]", "securty"),
-    wrong(SECURITY, "[security", "security"),
+    wrong(SECURITY, "[security", ""),
     wrong(ENCRYPTION, "encryption = \"maybe\"", "encryption"),
     wrong(ENCRYPTION, "encryption = true", "encryption"),
     wrong("secret = \"/", "secret = \"", "secret"),

@@ -106,7 +106,17 @@ fn run(cli: Cli) -> Result<ExitCode> {
             process::build_programs(true)?;
             Tool::new("duplex-benches", "duplex-bench").release(true).hand_over(&args)
         }
-        Verb::Man { directory } => Tool::new("duplex", "duplex").hand_over(&["man".to_owned(), directory]),
+        Verb::Man { directory } => {
+            std::fs::create_dir_all(&directory)?;
+            let tool = Tool::new("duplex", "duplex");
+            for kind in ["man", "completions"] {
+                let made =
+                    tool.command(&["generate".to_owned(), kind.to_owned(), directory.clone()]).status()?;
+                anyhow::ensure!(made.success(), "`duplex generate {kind} {directory}` failed");
+            }
+            println!("man pages and completions are in {directory}");
+            Ok(ExitCode::SUCCESS)
+        }
         Verb::Packages => {
             packages::require(packages::LAB)?;
             packages::require(packages::BENCH)?;

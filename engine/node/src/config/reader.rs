@@ -66,6 +66,11 @@ impl<'a> Reader<'a> {
         short
     }
 
+    /// What stands in the file at this place, in one line.
+    pub(crate) fn at(&self, span: &Range<usize>) -> &'a str {
+        self.text.get(span.clone()).unwrap_or_default().lines().next().unwrap_or_default().trim()
+    }
+
     pub(crate) fn report(
         &self,
         span: Range<usize>,

@@ -51,8 +51,11 @@ fn syntax(reader: &Reader<'_>, fault: &toml::de::Error) {
     } else {
         "correct the line; strings stand in double quotes, tables in [brackets]"
     };
-    let code = if message.contains("duplicate") { "duplicate" } else { "syntax" };
-    reader.report(fault.span().unwrap_or(0..0), "", None, code, message, fix);
+    let span = fault.span().unwrap_or(0..0);
+    // The place of a doubled key is the key itself.
+    let (code, key) =
+        if message.contains("duplicate") { ("duplicate", reader.at(&span)) } else { ("syntax", "") };
+    reader.report(span.clone(), key, None, code, message, fix);
 }
 
 fn read(root: Table<'_>, file: &Path, server: Option<&str>) -> Option<Config> {

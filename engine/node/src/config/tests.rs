@@ -133,7 +133,7 @@ const A_LINK: &str = "link = [\"10.9.0.1:7700\", \"10.9.1.1:7700\"]";
 const WRONG: &[Wrong] = &[
     // Syntax and keys.
     ("pair = \"shop\"", "pair = shop", 1, "", "syntax", "double quotes"),
-    (SILENT, "silent_ms = 800\nsilent_ms = 900", 16, "", "duplicate", "keep one"),
+    (SILENT, "silent_ms = 800\nsilent_ms = 900", 16, "silent_ms", "duplicate", "keep one"),
     ("[arbiter]", "[arbiter", 14, "", "syntax", "brackets"),
     ("pair = \"shop\"", "pear = \"shop\"", 1, "pear", "unknown-key", "\"pair\""),
     (
