@@ -26,8 +26,9 @@ enum State {
     Dialling(u16),
     /// Stands on the path since then.
     Standing(u16, Instant),
-    /// Stands, or is being dialled, on a path that is lost: another is wanted as soon as there is a path.
-    Stale,
+    /// On a path that is lost, or nowhere yet: another is wanted as soon as a path answers. One that stood
+    /// (where, since when) is kept if its own path answers again first.
+    Stale(Option<(u16, Instant)>),
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -48,7 +49,7 @@ pub(crate) struct VolumeConnections {
 impl VolumeConnections {
     pub(crate) fn new(count: usize, timers: &Timers) -> Self {
         let backoff = Backoff::new(timers);
-        let volume = Volume { state: State::Stale, attempt: 0, backoff, failures: 0 };
+        let volume = Volume { state: State::Stale(None), attempt: 0, backoff, failures: 0 };
         Self { volumes: vec![volume; count] }
     }
 
@@ -58,7 +59,7 @@ impl VolumeConnections {
 
     pub(crate) fn session_up(&mut self) {
         for volume in &mut self.volumes {
-            volume.state = State::Stale;
+            volume.state = State::Stale(None);
             volume.attempt = 0;
             volume.failures = 0;
             volume.backoff.reset();
@@ -80,12 +81,27 @@ impl VolumeConnections {
         Ok(())
     }
 
-    /// The path fails: everything on it is wanted on another.
-    pub(crate) fn path_lost(&mut self, path: u16) {
+    /// The path fails: everything on it is wanted on another. `silent`: its connections may yet carry on.
+    pub(crate) fn path_lost(&mut self, path: u16, silent: bool) {
         for volume in &mut self.volumes {
             match volume.state {
-                State::Dialling(on) | State::Standing(on, _) if on == path => volume.state = State::Stale,
-                State::Dialling(_) | State::Standing(..) | State::Wanted(_) | State::Stale => {}
+                State::Standing(on, since) if on == path => {
+                    volume.state = State::Stale(silent.then_some((on, since)));
+                }
+                State::Dialling(on) | State::Stale(Some((on, _))) if on == path => {
+                    volume.state = State::Stale(None);
+                }
+                State::Dialling(_) | State::Standing(..) | State::Wanted(_) | State::Stale(_) => {}
+            }
+        }
+    }
+
+    /// The path was only silent: what stood on it and was not replaced meanwhile goes on.
+    pub(crate) fn path_back(&mut self, path: u16) {
+        for volume in &mut self.volumes {
+            match volume.state {
+                State::Stale(Some((on, since))) if on == path => volume.state = State::Standing(on, since),
+                State::Dialling(_) | State::Standing(..) | State::Wanted(_) | State::Stale(_) => {}
             }
         }
     }
@@ -93,7 +109,7 @@ impl VolumeConnections {
     /// The volume's thread lost the connection.
     pub(crate) fn broken(&mut self, volume: VolumeIndex, attempt: u64, now: Instant) {
         let Some(volume) = self.volume(volume, attempt) else { return };
-        if let State::Standing(_, since) = volume.state {
+        if let State::Standing(_, since) | State::Stale(Some((_, since))) = volume.state {
             let good = now.duration_since(since) >= GOOD_AFTER;
             if good {
                 volume.backoff.reset();
@@ -107,7 +123,7 @@ impl VolumeConnections {
     pub(crate) fn next_dial(&mut self, path: u16, now: Instant) -> Option<(VolumeIndex, u64)> {
         for (index, volume) in (0..).zip(&mut self.volumes) {
             let due = match volume.state {
-                State::Stale => true,
+                State::Stale(_) => true,
                 State::Wanted(at) => now >= at,
                 State::Dialling(_) | State::Standing(..) => false,
             };
@@ -182,14 +198,33 @@ mod tests {
         volumes.session_up();
         assert_eq!(volumes.next_dial(0, now), Some((V, 1)));
         assert_eq!(volumes.next_dial(0, now), None, "one attempt at a time");
-        volumes.path_lost(0);
+        volumes.path_lost(0, false);
         assert_eq!(volumes.next_dial(1, now), Some((V, 2)));
         assert!(!volumes.dialled(V, 1, now));
         assert!(volumes.dialled(V, 2, now));
-        volumes.path_lost(0);
+        volumes.path_lost(0, false);
         assert_eq!(volumes.next_dial(1, now), None, "it stands on the other path");
         volumes.broken(V, 1, now);
         assert_eq!(volumes.next_dial(1, now), None, "an old connection's end is not news");
+    }
+
+    #[test]
+    fn a_connection_on_a_silent_path_goes_on_when_nothing_better_came() {
+        let now = Instant::now();
+        let mut volumes = VolumeConnections::new(1, &Timers::default());
+        volumes.next_dial(0, now).unwrap();
+        assert!(volumes.dialled(V, 1, now));
+        volumes.path_lost(0, true);
+        volumes.path_back(0);
+        assert_eq!(volumes.next_dial(0, now), None, "it stands again");
+        volumes.path_lost(0, true);
+        assert_eq!(volumes.next_dial(1, now), Some((V, 2)), "the other path was quicker");
+        volumes.path_back(0);
+        assert!(volumes.dialled(V, 2, now));
+        volumes.path_lost(1, true);
+        volumes.path_lost(1, false);
+        volumes.path_back(1);
+        assert_eq!(volumes.next_dial(1, now), Some((V, 3)), "a lost connection does not come back");
     }
 
     #[test]

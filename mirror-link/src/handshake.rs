@@ -13,6 +13,7 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use duplex_core::ids::{BootId, Incarnation, ServerName, SessionId};
 use serde::{Deserialize, Serialize};
@@ -36,6 +37,8 @@ const TLS_HANDSHAKE_BYTE: u8 = 0x16;
 /// Bytes of nonce and session at the start of a greeting.
 const NONCE_BYTES: usize = 32;
 const SESSION_BYTES: usize = 16;
+/// A connection whose bytes the other kernel does not take for so long is over: another one is made.
+const STUCK_AFTER: Duration = Duration::from_secs(5);
 /// Socket buffers of a data connection.
 const DATA_BUFFER_BYTES: usize = 4 << 20;
 
@@ -243,7 +246,10 @@ fn greeted(frame: &Frame, role: Role) -> Result<Greeted, FrameError> {
 fn tune(tcp: &TcpStream, purpose: &Purpose) -> Result<(), StreamError> {
     tcp.set_nodelay(true)?;
     let socket = SockRef::from(tcp);
-    socket.set_tcp_keepalive(&TcpKeepalive::new().with_time(std::time::Duration::from_secs(5)))?;
+    let keepalive = TcpKeepalive::new().with_time(STUCK_AFTER).with_interval(Duration::from_secs(1));
+    socket.set_tcp_keepalive(&keepalive.with_retries(3))?;
+    // One flow that is swallowed on the way (a firewall that forgot it) while its path answers.
+    socket.set_tcp_user_timeout(Some(STUCK_AFTER))?;
     match purpose {
         Purpose::Control { .. } => {}
         Purpose::Data { .. } => {
@@ -528,6 +534,41 @@ impl Accepted {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn versions_without_a_common_one_are_refused_with_both_ranges() {
+        let path = crate::PathConfig::new(([127, 0, 0, 1], 1).into(), ([127, 0, 0, 1], 2).into());
+        let secret = crate::Secret::new(&[1; 32]).expect("32 bytes");
+        let config = LinkConfig {
+            server: ServerName("beta".into()),
+            peer: ServerName("alpha".into()),
+            pair_name: "p".into(),
+            paths: vec![path],
+            secrets: Secrets { current: secret, other: None },
+            encryption: Encryption::Off,
+            incarnation: Incarnation(1),
+            boot_id: BootId(1),
+            volumes: vec!["v".into()],
+            frame_max_bytes: LinkConfig::frame_limit_bytes(),
+            timers: crate::Timers::default(),
+        };
+        let hello = |versions| LinkHello {
+            versions,
+            pair_name: "p".into(),
+            wanted: ServerName("beta".into()),
+            dialled: path.address,
+            incarnation: Incarnation(2),
+            boot_id: BootId(2),
+            frame_max_bytes: 1 << 20,
+            purpose: Purpose::Control { path: 0 },
+        };
+        let name = ServerName("alpha".into());
+        let refused = judge(&config, &hello((2, 3)), &name);
+        assert_eq!(refused, Err(Refusal::new("version", "1 to 1", "2 to 3")));
+        assert_eq!(judge(&config, &hello((1, 3)), &name), Ok(1), "the highest common one");
+        let nowhere = LinkHello { purpose: Purpose::Control { path: 9 }, ..hello((1, 1)) };
+        assert_eq!(judge(&config, &nowhere, &name).map_err(|refusal| refusal.code), Err("address".into()));
+    }
 
     #[test]
     fn a_refusal_turns_round_at_the_other_server() {

@@ -296,7 +296,7 @@ impl Manager {
         if matches!(self.slot, Slot::Proposed { connection: on, .. } if on == connection) {
             self.slot = Slot::None;
         }
-        self.volumes.path_lost(control.path);
+        self.volumes.path_lost(control.path, false);
         self.choose();
         self.tell_path(control.path, why);
         self.dial_volumes();
@@ -324,7 +324,9 @@ impl Manager {
         control.silent = silent;
         let path = control.path;
         if silent {
-            self.volumes.path_lost(path);
+            self.volumes.path_lost(path, true);
+        } else {
+            self.volumes.path_back(path);
         }
         self.choose();
         self.tell_path(path, if silent { "nothing is heard on this path" } else { "" });
