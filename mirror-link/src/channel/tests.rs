@@ -79,6 +79,8 @@ impl Rig {
             if let Some(at) = self.events.iter().position(&mut done) {
                 return self.events.swap_remove(at);
             }
+            let broken = self.events.iter().find(|event| matches!(event, ChannelEvent::Broken { .. }));
+            assert_eq!(broken, None, "the connection broke instead");
             self.turn(None);
         }
     }
