@@ -121,21 +121,39 @@ fn heartbeats_come_once_though_they_go_over_every_path() {
     assert!(newest > 0, "no heartbeat came");
 }
 
+/// The session, when it and both paths stand.
+fn ready(server: &Server) -> SessionId {
+    let (mut session, mut up) = (None, [false; 2]);
+    server.expect("a session and both paths", |event| {
+        match event {
+            LinkEvent::SessionUp { session: new, .. } => session = Some(new),
+            LinkEvent::Path { path, up: true, .. } => up[usize::from(path)] = true,
+            _ => {}
+        }
+        session.filter(|_| up == [true; 2])
+    })
+}
+
+#[test]
+fn a_silent_path_is_left_before_it_is_given_up() {
+    let mut pair = pair(2, Encryption::Off);
+    for config in [&mut pair.alpha, &mut pair.beta] {
+        config.timers.path_dead = std::time::Duration::from_secs(3600);
+    }
+    let (beta, alpha) = (Server::start(pair.beta.clone(), None), Server::start(pair.alpha.clone(), None));
+    let session = ready(&alpha);
+    assert_eq!(ready(&beta), session);
+    pair.proxies[0].stall(true);
+    alpha.handle.send(session, bye(1)).unwrap();
+    beta.handle.send(session, bye(2)).unwrap();
+    assert_eq!((control(&beta, session), control(&alpha, session)), (bye(1), bye(2)));
+    pair.proxies[0].stall(false);
+}
+
 #[test]
 fn a_lost_path_is_told_and_the_session_goes_on() {
     let pair = pair(2, Encryption::Tls);
     let (beta, alpha) = (Server::start(pair.beta.clone(), None), Server::start(pair.alpha.clone(), None));
-    let ready = |server: &Server| {
-        let (mut session, mut up) = (None, [false; 2]);
-        server.expect("a session and both paths", |event| {
-            match event {
-                LinkEvent::SessionUp { session: new, .. } => session = Some(new),
-                LinkEvent::Path { path, up: true, .. } => up[usize::from(path)] = true,
-                _ => {}
-            }
-            session.filter(|_| up == [true; 2])
-        })
-    };
     let session = ready(&alpha);
     assert_eq!(ready(&beta), session);
     let path = |server: &Server, wanted: u16, is_up: bool| {
