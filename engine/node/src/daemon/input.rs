@@ -1,0 +1,224 @@
+//! What comes in becomes the core's input.
+
+use duplex_core::ids::VolumeIndex;
+use duplex_core::message::ControlMessage;
+use duplex_core::mirror::api::Pace;
+use duplex_core::pair::api::{Input, Operator};
+use duplex_link::{LinkEvent, SessionEnd};
+
+use super::run::{Daemon, DaemonError};
+use crate::clock;
+use crate::control::api::{Answer, Command, PromoteMode};
+use crate::control::server::Call;
+use crate::control::status::SessionRefusal;
+use crate::volume::{VolumeCommand, VolumeEvent};
+
+impl Daemon {
+    /// Gives the server machine an input and carries out what follows.
+    pub(super) fn feed(&mut self, input: Input) {
+        self.inputs.push_back(input);
+        while let Some(input) = self.inputs.pop_front() {
+            self.server.handle(clock::now(), input);
+            self.carry_out();
+        }
+    }
+
+    pub(super) fn on_link(&mut self, event: LinkEvent) {
+        match event {
+            LinkEvent::SessionUp { session, peer } => {
+                self.link_refusal = None;
+                self.session = Some(session);
+                self.tell_volumes(|| VolumeCommand::Session(session));
+                self.feed(Input::LinkUp { session, peer_incarnation: peer.incarnation });
+            }
+            LinkEvent::SessionDown { session, end } => {
+                let reason = match end {
+                    SessionEnd::Closed(reason) => reason,
+                    SessionEnd::ClosedByPeer(reason) => format!("closed by the peer: {reason}"),
+                    SessionEnd::PeerRestarted => "the peer's process is another one now".to_owned(),
+                };
+                self.session_over(session);
+                self.feed(Input::LinkDown { session, reason });
+            }
+            LinkEvent::Control(session, message) => {
+                if matches!(message, ControlMessage::HandOverAsk) {
+                    self.look_at_users();
+                }
+                self.feed(Input::Message(session, message));
+            }
+            LinkEvent::Data(connection) => {
+                let at = usize::from(connection.volume.0);
+                if let Some(volume) = self.volumes.get(at).and_then(Option::as_ref) {
+                    volume.send(VolumeCommand::Connection(Box::new(connection)));
+                }
+            }
+            LinkEvent::Path { path, up, active, why } => {
+                let kind = if up { "path-up" } else { "path-lost" };
+                let state = if active { "active" } else { "standing by" };
+                let text = if up {
+                    format!("link path {path} is up ({state})")
+                } else {
+                    format!("link path {path} is down: {why}")
+                };
+                self.note(kind, text, &why);
+            }
+            LinkEvent::Stranger { address, why } => {
+                self.note("stranger", format!("stranger({address}): {why}"), &why);
+            }
+            LinkEvent::Refused(refusal) => {
+                let text = refusal.to_string();
+                let shown = SessionRefusal {
+                    code: refusal.code.clone(),
+                    rule: Some("link".to_owned()),
+                    mine: Some(refusal.mine.clone()),
+                    theirs: Some(refusal.theirs.clone()),
+                };
+                if self.link_refusal.as_ref() != Some(&shown) {
+                    self.link_refusal = Some(shown);
+                    self.note_refusal(&refusal.code, text, &refusal.mine, &refusal.theirs);
+                }
+            }
+            LinkEvent::CorruptFrame { path, why } => self.corrupt(path, &why),
+        }
+    }
+
+    fn corrupt(&mut self, path: u16, why: &str) {
+        self.note("corrupt-frame", format!("a frame on path {path} was altered on the way: {why}"), why);
+    }
+
+    pub(super) fn session_over(&mut self, session: duplex_core::ids::SessionId) {
+        if self.session == Some(session) {
+            self.session = None;
+        }
+        self.tell_volumes(|| VolumeCommand::SessionOver(session));
+    }
+
+    fn tell_volumes(&self, command: impl Fn() -> VolumeCommand) {
+        for volume in self.volumes.iter().flatten() {
+            volume.send(command());
+        }
+    }
+
+    pub(super) fn on_volume(&mut self, index: VolumeIndex, event: VolumeEvent) -> Result<(), DaemonError> {
+        let at = usize::from(index.0);
+        match event {
+            VolumeEvent::Report(report) => self.feed(Input::Report(index, report)),
+            VolumeEvent::Exposed { serving } => self.device_wanted(at, serving),
+            VolumeEvent::ChannelBroken { session, attempt, fatal, reason } => {
+                tracing::info!(volume = at, "{reason}");
+                let told = if fatal {
+                    self.link.close_session(session, &reason)
+                } else {
+                    self.link.data_broken(session, index, attempt)
+                };
+                if let Err(error) = told {
+                    tracing::warn!("{error}");
+                }
+                if fatal {
+                    self.session_over(session);
+                    self.feed(Input::LinkDown { session, reason });
+                }
+            }
+            VolumeEvent::Corrupt { path, why } => self.corrupt(path, &why),
+            VolumeEvent::Trouble(text) => self.note("trouble", text, "a component failed"),
+            VolumeEvent::Ended => {
+                let name = &self.config.volumes[at].name;
+                return Err(DaemonError::Failed(format!("the thread of volume {name} ended")));
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) async fn on_call(&mut self, call: Call) {
+        let Call { command, caller, reply } = call;
+        tracing::info!(uid = caller.uid, pid = caller.pid, verb = command.verb(), "operator");
+        let answer_now = |daemon: &mut Self, answer: Answer, reply| {
+            let _ = tokio::sync::oneshot::Sender::send(reply, answer);
+            daemon.publish();
+        };
+        let operator = match self.operator(&command).await {
+            Ok(operator) => operator,
+            Err(answer) => return answer_now(self, answer, reply),
+        };
+        let token = self.token();
+        self.answers.insert(token, reply);
+        self.feed(Input::Operator(token, operator));
+    }
+
+    /// What the core is asked, or the answer where the core is not asked.
+    async fn operator(&mut self, command: &Command) -> Result<Operator, Answer> {
+        match command {
+            Command::Activate => Ok(Operator::Activate),
+            Command::Promote { mode: PromoteMode::Plain } => Ok(Operator::Promote),
+            Command::Promote { mode: PromoteMode::PeerIsDown } => Ok(Operator::PromotePeerIsDown),
+            Command::Promote { mode: PromoteMode::Force(generation) } => {
+                Ok(Operator::PromoteForce(*generation))
+            }
+            Command::Demote { force } => {
+                self.users_unless(*force);
+                Ok(Operator::Demote)
+            }
+            Command::Switchover { force } => {
+                self.users_unless(*force);
+                Ok(Operator::Switchover)
+            }
+            Command::Down => {
+                self.users_unless(false);
+                self.take_devices = true;
+                Ok(Operator::Down)
+            }
+            Command::Connect => Err(self.want_link(true)),
+            Command::Disconnect => Err(self.want_link(false)),
+            Command::ResyncPause => Ok(Operator::Resync(Pace::Pause)),
+            Command::ResyncResume => Ok(Operator::Resync(Pace::Resume)),
+            Command::ResyncPriority { priority } => Ok(Operator::Resync(Pace::Priority(*priority))),
+            Command::ResyncMaxRate { max_bytes_per_s } => {
+                Ok(Operator::Resync(Pace::MaxBytesPerSecond(*max_bytes_per_s)))
+            }
+            Command::ResyncStartFull { volume, target } => {
+                let known = [self.config.me, self.config.me.other()]
+                    .iter()
+                    .any(|side| self.config.servers.of(*side).name == *target);
+                if !known {
+                    return Err(Answer::Wrong { text: format!("{target} is not a server of this pair") });
+                }
+                Ok(Operator::FullCopy { volume: self.volume_named(volume)?, target: target.clone() })
+            }
+            Command::Resolve { victim } => Ok(Operator::Resolve { victim: victim.clone() }),
+            Command::Detach { volume } => Ok(Operator::Detach(self.volume_named(volume)?)),
+            Command::Attach { volume } => {
+                let index = self.volume_named(volume)?;
+                Err(self.attach(index).await)
+            }
+            Command::Explain { volume } => {
+                let index = volume.as_deref().map(|name| self.volume_named(name)).transpose()?;
+                Err(self.explain(index))
+            }
+            Command::Dump { volume } => {
+                let index = self.volume_named(volume)?;
+                Err(self.dump(index))
+            }
+        }
+    }
+
+    fn volume_named(&self, name: &str) -> Result<VolumeIndex, Answer> {
+        self.config.volume(name).map(|(index, _)| index).ok_or_else(|| {
+            let known: Vec<&str> = self.config.volumes.iter().map(|v| v.name.as_str()).collect();
+            Answer::Wrong { text: format!("there is no volume {name}; there are {}", known.join(", ")) }
+        })
+    }
+
+    fn want_link(&mut self, wanted: bool) -> Answer {
+        let told = if wanted { self.link.connect() } else { self.link.disconnect() };
+        match told {
+            Ok(()) => {
+                self.link_wanted = wanted;
+                let (kind, text) =
+                    if wanted { ("connect", "the link tries again") } else { ("disconnect", "the link is given up") };
+                self.note(kind, text.to_owned(), "by the operator");
+                Answer::ok(text)
+            }
+            Err(error) => Answer::Failed { text: error.to_string() },
+        }
+    }
+}

@@ -1,0 +1,28 @@
+//! The daemon of one server: the server machine of the core, the volumes' threads, the link, the control
+//! socket, the devices.
+//!
+//! Rooms: `run` (start, the main loop, signals), `input` (what comes in becomes the core's input), `output`
+//! (the core's actions are carried out), `devices` (FUSE and loop devices of the volumes), `page` (the status
+//! page), `identity` (boot id, incarnation, seeds).
+
+mod devices;
+mod identity;
+mod input;
+mod output;
+mod page;
+mod run;
+
+use std::path::PathBuf;
+
+pub use run::{DaemonError, run};
+
+/// What the command line says.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Options {
+    /// The configuration file.
+    pub config: PathBuf,
+    /// Which server this is; `None` = the host name.
+    pub server: Option<String>,
+    /// The run directory.
+    pub run_dir: PathBuf,
+}

@@ -1,0 +1,386 @@
+//! Start, main loop, signals, end.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use duplex_core::ids::{SessionId, VolumeIndex};
+use duplex_core::pair::Server;
+use duplex_core::pair::api::{Input, Operator, OperatorToken, ServerConfig};
+use duplex_core::time::Instant;
+use duplex_link::{Encryption, Link, LinkConfig, LinkEvent, LinkHandle, PathConfig, Secret, Secrets, Timers};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{mpsc, oneshot, watch};
+
+use super::devices::{Device, DeviceEvent};
+use super::page::Rate;
+use super::{Options, identity};
+use crate::clock;
+use crate::config::{Config, Metadata, Problems, RunDir, environment, secret};
+use crate::control::api::Answer;
+use crate::control::server::{Backend, Call, bind, serve};
+use crate::control::status::{SessionRefusal, Status};
+use crate::events::EventLog;
+use crate::volume::{Settings, VolumeCommand, VolumeEvent, VolumeHandle, place, spawn};
+
+/// How long a killed predecessor's operations may hold a backing (see the store's text).
+const CLAIM_WAIT: Duration = Duration::from_secs(30);
+/// Events of volumes, commands of operators that may wait for the main loop.
+const QUEUE: usize = 4096;
+/// The status page is renewed at least this often.
+const PAGE_EVERY: Duration = Duration::from_millis(100);
+
+/// Why the daemon did not start or ended.
+#[derive(Debug, thiserror::Error)]
+pub enum DaemonError {
+    /// Of the configuration or of this machine: exit code 2.
+    #[error("{0}")]
+    Problems(Problems),
+    /// A volume's backing cannot be used: nothing was written.
+    #[error("volume {volume}: {text}")]
+    Volume {
+        /// Which.
+        volume: String,
+        /// Stable word.
+        code: &'static str,
+        /// In a sentence.
+        text: String,
+    },
+    /// Anything else that the system refused.
+    #[error("{0}")]
+    Failed(String),
+}
+
+/// Everything the main loop holds.
+pub(super) struct Daemon {
+    pub(super) config: Config,
+    pub(super) run_dir: RunDir,
+    pub(super) server: Server,
+    pub(super) volumes: Vec<Option<VolumeHandle>>,
+    pub(super) threads: Vec<JoinHandle<()>>,
+    pub(super) link: LinkHandle,
+    pub(super) link_wanted: bool,
+    pub(super) link_refusal: Option<SessionRefusal>,
+    pub(super) session: Option<SessionId>,
+    pub(super) last_heard: Option<Instant>,
+    pub(super) events: EventLog,
+    pub(super) answers: BTreeMap<OperatorToken, oneshot::Sender<Answer>>,
+    pub(super) next_token: u64,
+    pub(super) devices: Vec<Device>,
+    pub(super) device_events: mpsc::Sender<DeviceEvent>,
+    pub(super) rates: Vec<Rate>,
+    pub(super) status: watch::Sender<Arc<Status>>,
+    pub(super) volume_events: mpsc::Sender<(VolumeIndex, VolumeEvent)>,
+    /// Inputs that came of carrying actions out.
+    pub(super) inputs: VecDeque<Input>,
+    pub(super) exiting: bool,
+    /// Devices are taken away at the end (`down`), or left to the holder (a signal).
+    pub(super) take_devices: bool,
+}
+
+struct Sources {
+    link: mpsc::Receiver<LinkEvent>,
+    volumes: mpsc::Receiver<(VolumeIndex, VolumeEvent)>,
+    commands: mpsc::Receiver<Call>,
+    devices: mpsc::Receiver<DeviceEvent>,
+}
+
+/// Runs this server until it is told to end.
+///
+/// # Errors
+/// [`DaemonError`], with what to do about it.
+pub fn run(options: &Options) -> Result<(), DaemonError> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .map_err(|error| DaemonError::Failed(format!("cannot start the runtime: {error}")))?;
+    let result = runtime.block_on(run_here(options));
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    result
+}
+
+async fn run_here(options: &Options) -> Result<(), DaemonError> {
+    let config = Config::load(&options.config, options.server.as_deref()).map_err(DaemonError::Problems)?;
+    let run_dir = RunDir::new(&options.run_dir);
+    let problems = environment::check(&config, &run_dir, environment::Purpose::Daemon);
+    if problems.has_errors() {
+        return Err(DaemonError::Problems(problems));
+    }
+    for problem in &problems.0 {
+        tracing::warn!("{problem}");
+    }
+    let control = bind(&run_dir).map_err(|error| DaemonError::Failed(error.to_string()))?;
+    let me = config.servers.of(config.me).clone();
+    let state_dir = config.state_dir.of(config.me).clone();
+    let events =
+        EventLog::open(&state_dir, &me.name).map_err(|error| DaemonError::Failed(error.to_string()))?;
+    let boot_id = identity::boot_id().map_err(DaemonError::Failed)?;
+    let incarnation = identity::incarnation();
+    let (volume_events, volumes_in) = mpsc::channel(QUEUE);
+    let (device_events, devices_in) = mpsc::channel(QUEUE);
+    let (volumes, threads) = open_volumes(&config, &run_dir, boot_id, &volume_events).await?;
+    let (link, link_in) = start_link(&config, incarnation, boot_id)?;
+    let server = Server::new(server_config(&config, incarnation, boot_id));
+    let (commands, commands_in) = mpsc::channel(QUEUE);
+    let count = config.volumes.len();
+    let names: Vec<String> = config.volumes.iter().map(|v| v.name.clone()).collect();
+    let (status, status_in) = watch::channel(Arc::new(Status::empty(&config.pair, &me.name)));
+    let mut daemon = Daemon {
+        config,
+        run_dir,
+        server,
+        volumes,
+        threads,
+        link,
+        link_wanted: true,
+        link_refusal: None,
+        session: None,
+        last_heard: None,
+        events: events.clone(),
+        answers: BTreeMap::new(),
+        next_token: 1,
+        devices: names.iter().map(|name| Device::new(name)).collect(),
+        device_events,
+        rates: vec![Rate::default(); count],
+        status,
+        volume_events,
+        inputs: VecDeque::new(),
+        exiting: false,
+        take_devices: false,
+    };
+    daemon.publish();
+    let refused_events = events.clone();
+    let refused_server = me.name.clone();
+    let backend = Backend {
+        commands,
+        status: status_in,
+        events,
+        on_refused: Arc::new(move |caller| {
+            let event = super::output::plain_event(
+                &refused_server,
+                "refused",
+                format!("control socket: uid {} is refused", caller.uid),
+                &format!("refused({})", caller.uid),
+            );
+            if let Err(error) = refused_events.append(event) {
+                tracing::error!("{error}");
+            }
+        }),
+    };
+    let (stop_control, stop_seen) = watch::channel(false);
+    let control = tokio::spawn(serve(control, backend, stop_seen));
+    let sources = Sources { link: link_in, volumes: volumes_in, commands: commands_in, devices: devices_in };
+    daemon.note("started", format!("server {} started", me.name), "start");
+    daemon.adopt_devices();
+    let result = daemon.main_loop(sources).await;
+    daemon.end().await;
+    let _ = stop_control.send(true);
+    let _ = control.await;
+    result
+}
+
+fn server_config(
+    config: &Config,
+    incarnation: duplex_core::ids::Incarnation,
+    boot_id: duplex_core::ids::BootId,
+) -> ServerConfig {
+    ServerConfig {
+        name: config.servers.of(config.me).name.clone(),
+        peer: config.servers.of(config.me.other()).name.clone(),
+        pair_name: config.pair.clone(),
+        incarnation,
+        boot_id,
+        volumes: config.volumes.iter().map(|v| v.name.clone()).collect(),
+        config: config.canonical(),
+        heartbeat: config.arbiter.heartbeat,
+        freeze: config.arbiter.freeze,
+        silent: config.arbiter.silent,
+        id_seed: identity::seed(),
+    }
+}
+
+type Opened = (Vec<Option<VolumeHandle>>, Vec<JoinHandle<()>>);
+
+/// Claims every backing (side by side: a killed predecessor's claims end at about the same time) and starts
+/// the threads.
+async fn open_volumes(
+    config: &Config,
+    run_dir: &RunDir,
+    boot_id: duplex_core::ids::BootId,
+    events: &mpsc::Sender<(VolumeIndex, VolumeEvent)>,
+) -> Result<Opened, DaemonError> {
+    let mut opening = Vec::new();
+    for volume in &config.volumes {
+        let data = volume.backing.of(config.me).clone();
+        let metadata = match volume.metadata.of(config.me) {
+            Metadata::Internal => None,
+            Metadata::Path(path) => Some(path.clone()),
+        };
+        opening.push(tokio::task::spawn_blocking(move || place::open(data, metadata, CLAIM_WAIT)));
+    }
+    let mut handles = Vec::new();
+    let mut threads = Vec::new();
+    for (at, task) in opening.into_iter().enumerate() {
+        let name = config.volumes[at].name.clone();
+        let failed = |code, text| DaemonError::Volume { volume: name.clone(), code, text };
+        let placed = task
+            .await
+            .map_err(|error| failed("internal", error.to_string()))?
+            .map_err(|error| failed(error.code(), error.to_string()))?;
+        let settings = Settings {
+            name: name.clone(),
+            index: super::page::index(at),
+            boot_id,
+            stall: config.arbiter.stall,
+            nbd: super::devices::nbd_settings(config, run_dir, at),
+            events: events.clone(),
+        };
+        let (handle, thread) = spawn(settings, placed).map_err(|error| failed("thread", error.to_string()))?;
+        handles.push(Some(handle));
+        threads.push(thread);
+    }
+    Ok((handles, threads))
+}
+
+fn start_link(
+    config: &Config,
+    incarnation: duplex_core::ids::Incarnation,
+    boot_id: duplex_core::ids::BootId,
+) -> Result<(LinkHandle, mpsc::Receiver<LinkEvent>), DaemonError> {
+    let read = |path: &std::path::Path| {
+        let bytes = secret::read(path).map_err(|error| DaemonError::Failed(error.to_string()))?;
+        Secret::new(&bytes).map_err(|error| DaemonError::Failed(format!("{}: {error}", path.display())))
+    };
+    let current = read(&config.security.secret)?;
+    let previous = config.security.secret_old.as_deref().map(read).transpose()?;
+    let me = config.servers.of(config.me);
+    let peer = config.servers.of(config.me.other());
+    let link = LinkConfig {
+        server: me.name.clone(),
+        peer: peer.name.clone(),
+        pair_name: config.pair.clone(),
+        paths: me.link.iter().zip(&peer.link).map(|(mine, theirs)| PathConfig::new(*mine, *theirs)).collect(),
+        secrets: Secrets { current, previous },
+        encryption: if config.security.encryption { Encryption::Tls } else { Encryption::Off },
+        incarnation,
+        boot_id,
+        volumes: config.volumes.iter().map(|v| v.name.clone()).collect(),
+        frame_max_bytes: LinkConfig::frame_limit_bytes(),
+        timers: Timers::default(),
+    };
+    Link::start(link).map_err(|error| DaemonError::Failed(error.to_string()))
+}
+
+impl Daemon {
+    async fn main_loop(&mut self, mut sources: Sources) -> Result<(), DaemonError> {
+        let failed = |error: std::io::Error| DaemonError::Failed(format!("cannot watch for signals: {error}"));
+        let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
+        let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
+        let mut page = tokio::time::interval(PAGE_EVERY);
+        page.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
+        super::output::tell_systemd(&[sd_notify::NotifyState::Ready]);
+        while !self.exiting {
+            let wait = self.wait();
+            tokio::select! {
+                biased;
+                event = sources.link.recv() => match event {
+                    Some(event) => self.on_link(event),
+                    None => return Err(DaemonError::Failed("the mirror link ended by itself".to_owned())),
+                },
+                Some((index, event)) = sources.volumes.recv() => self.on_volume(index, event)?,
+                Some(event) = sources.devices.recv() => self.on_device(event),
+                Some(call) = sources.commands.recv() => self.on_call(call).await,
+                _ = terminate.recv() => self.on_signal("SIGTERM"),
+                _ = interrupt.recv() => self.on_signal("SIGINT"),
+                () = tokio::time::sleep(wait) => self.feed(Input::Time),
+                _ = page.tick() => self.on_tick(),
+            }
+            self.after_input();
+        }
+        Ok(())
+    }
+
+    fn wait(&self) -> Duration {
+        let now = clock::now();
+        let until = self.server.next_deadline().unwrap_or(Instant::NEVER);
+        until.since(now).min(Duration::from_secs(1))
+    }
+
+    fn on_signal(&mut self, name: &str) {
+        tracing::info!("{name}: stopping");
+        let token = self.token();
+        self.feed(Input::Operator(token, Operator::Stop));
+    }
+
+    fn on_tick(&mut self) {
+        let now = clock::now();
+        let turn = self.volumes.iter().flatten().all(|volume| {
+            let turned = Instant(volume.shared.turned_ns.load(Ordering::Relaxed));
+            now.since(turned) < self.config.arbiter.freeze
+        });
+        self.server.set_volumes_turn(turn);
+        super::output::tell_systemd(&[sd_notify::NotifyState::Watchdog]);
+    }
+
+    /// What follows from every input: actions, the lease, the page.
+    fn after_input(&mut self) {
+        self.carry_out();
+        self.hand_lease_on();
+        if let Some(at) = super::output::heard(&self.server) {
+            self.last_heard = Some(at);
+        }
+        self.publish();
+    }
+
+    fn hand_lease_on(&self) {
+        let until = self.server.lease_until().0;
+        for volume in self.volumes.iter().flatten() {
+            let before = volume.shared.lease_until_ns.swap(until, Ordering::AcqRel);
+            if until > before && volume.shared.wants_lease.load(Ordering::Acquire) {
+                volume.wake();
+            }
+        }
+    }
+
+    pub(super) fn publish(&mut self) {
+        let page = self.page();
+        self.status.send_if_modified(|shown| {
+            let changed = **shown != page;
+            if changed {
+                *shown = Arc::new(page);
+            }
+            changed
+        });
+    }
+
+    pub(super) fn token(&mut self) -> OperatorToken {
+        self.next_token += 1;
+        OperatorToken(self.next_token)
+    }
+
+    /// Ends the threads; what they hold is free when this returns.
+    async fn end(&mut self) {
+        super::output::tell_systemd(&[sd_notify::NotifyState::Stopping]);
+        self.end_devices().await;
+        for volume in self.volumes.iter().flatten() {
+            volume.send(VolumeCommand::Stop);
+        }
+        let threads = std::mem::take(&mut self.threads);
+        let joined = tokio::task::spawn_blocking(move || {
+            for thread in threads {
+                if thread.join().is_err() {
+                    tracing::error!("a volume's thread panicked");
+                }
+            }
+        });
+        let _ = joined.await;
+        // Whatever the core still had to say to operators is said: dropping the rest answers "stopping".
+        self.answers.clear();
+        if let Err(error) = self.events.sync() {
+            tracing::error!("{error}");
+        }
+    }
+}
