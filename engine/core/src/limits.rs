@@ -2,6 +2,8 @@
 
 /// Most bytes one client request may carry. FUSE's largest request with 256 pages; NBD clients are told.
 pub const REQUEST_MAX_BYTES: u64 = 1 << 20;
+/// Longest zero or discard in one piece; frontends cut longer ones. Nine extents of the activity log.
+pub const ZERO_MAX_BYTES: u64 = 32 << 20;
 /// Default dirty-map granularity.
 pub const BLOCK_BYTES: u32 = 4096;
 /// Activity-log granularity.

@@ -1,5 +1,6 @@
 //! Composition: one loop per volume, the control plane, the configuration.
 
+pub mod clock;
 pub mod config;
 pub mod control;
 pub mod daemon;
@@ -9,3 +10,4 @@ pub mod failure;
 pub mod holder;
 pub mod offline;
 pub mod systemd;
+pub mod volume;

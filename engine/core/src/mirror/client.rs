@@ -7,7 +7,7 @@ use super::lock::Access;
 use super::volume::{DiskPurpose, Holder, Serve, Volume};
 use crate::dirty_log::{DirtyLog, FlushMark, Ticket, WriteEnd};
 use crate::ids::{BufferId, ByteRange, Proven, RequestId, Sequence};
-use crate::limits::{REQUEST_MAX_BYTES, REQUESTS_MAX};
+use crate::limits::{REQUEST_MAX_BYTES, REQUESTS_MAX, ZERO_MAX_BYTES};
 use crate::message::{RemoteOutcome, VolumeMessage};
 use crate::request::{DiskOpKind, DiskOutcome, Request, RequestError, RequestOp};
 use crate::time::Instant;
@@ -145,8 +145,11 @@ impl Volume {
             return Err(RequestError::NotServing);
         };
         let sector = u64::from(copy.sector_bytes);
-        let too_long = matches!(request.op, RequestOp::Read { .. } | RequestOp::Write { .. })
-            && range.length_bytes > REQUEST_MAX_BYTES;
+        let longest = match request.op {
+            RequestOp::Read { .. } | RequestOp::Write { .. } | RequestOp::Flush => REQUEST_MAX_BYTES,
+            RequestOp::Zero { .. } => ZERO_MAX_BYTES,
+        };
+        let too_long = range.length_bytes > longest;
         if range.length_bytes == 0
             || too_long
             || !range.offset_bytes.is_multiple_of(sector)
@@ -156,10 +159,6 @@ impl Volume {
         }
         if range.end_bytes() > copy.size_bytes {
             return Err(RequestError::PastEnd);
-        }
-        if range.length_bytes > REQUEST_MAX_BYTES {
-            // A long zero: frontends split it, so that locks and marks stay bounded.
-            return Err(RequestError::Unaligned);
         }
         Ok(())
     }
@@ -203,8 +202,7 @@ impl Volume {
             RequestOp::Write { .. } | RequestOp::Zero { .. } => {
                 op.stage = Stage::Log;
                 let range = op.range;
-                let ready =
-                    self.log.as_mut().is_some_and(|log| log.begin(Ticket(u64::from(slot)), range));
+                let ready = self.log.as_mut().is_some_and(|log| log.begin(Ticket(u64::from(slot)), range));
                 if ready {
                     self.run_write(slot);
                 } else {

@@ -253,8 +253,7 @@ impl Volume {
 
     fn window(&self) -> usize {
         let all = self.copying.buffers.len();
-        let clients =
-            self.clients.running() > 0 || self.now.since(self.clients.last_use) < CLIENT_RECENT;
+        let clients = self.clients.running() > 0 || self.now.since(self.clients.last_use) < CLIENT_RECENT;
         match (self.copying.priority, clients) {
             (Priority::High, _) | (Priority::Normal, false) => all,
             (Priority::Normal, true) => YIELD_CHUNKS.min(all),
@@ -476,4 +475,3 @@ impl Volume {
         self.copying.phase == Phase::Done
     }
 }
-

@@ -243,7 +243,8 @@ impl Volume {
         }
         let wants = self.log.as_ref().is_some_and(DirtyLog::wants_flush);
         let due = self.clients.waiting_for_log > 0 || self.copy_wants_flush();
-        if wants && due && self.can_replicate() && self.failed.is_none() && !self.flushes.has(Purpose::Clear) {
+        if wants && due && self.can_replicate() && self.failed.is_none() && !self.flushes.has(Purpose::Clear)
+        {
             self.copy_flushing();
             self.flush_own(Purpose::Clear);
             return true;

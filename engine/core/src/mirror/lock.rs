@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, VecDeque};
 use crate::ids::ByteRange;
 
 /// Longest range one holder may lock; bounds the search for overlapping readers.
-const LOCK_MAX_BYTES: u64 = 2 * crate::limits::REQUEST_MAX_BYTES;
+const LOCK_MAX_BYTES: u64 = 2 * crate::limits::ZERO_MAX_BYTES;
 
 /// Shares or excludes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

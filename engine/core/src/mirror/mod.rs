@@ -1,3 +1,18 @@
-//! The life of one mirrored volume.
+//! The life of one mirrored volume: requests, both copies, dirty log, resync.
+//!
+//! Rooms: `api` (what goes in and out), `volume` (the machine), `start` (superblock, replay, G10), `record`
+//! (superblock writes), `client` (requests), `peer` (the peer's operations on this disk), `lock` (range
+//! locks), `flush` (own flushes, drain, return), `copy` (resync source), `target` (resync target).
 
 pub mod api;
+mod client;
+mod copy;
+mod flush;
+mod lock;
+mod peer;
+mod record;
+mod start;
+mod target;
+mod volume;
+
+pub use volume::{Volume, VolumeConfig};

@@ -3,7 +3,7 @@
 use super::lock::Access;
 use super::volume::{DiskPurpose, Holder, SessionRole, Volume};
 use crate::ids::{BufferId, ByteRange, SessionId};
-use crate::limits::REQUEST_MAX_BYTES;
+use crate::limits::{REQUEST_MAX_BYTES, ZERO_MAX_BYTES};
 use crate::message::{RemoteOutcome, VolumeMessage};
 use crate::request::{DiskOpKind, DiskOutcome};
 use crate::time::Instant;
@@ -87,15 +87,16 @@ impl Volume {
     fn acceptable(&self, message: &VolumeMessage, buffer: Option<BufferId>) -> Option<(ByteRange, Access)> {
         let is_target = self.joined.is_some_and(|j| j.role == SessionRole::Target);
         let size = self.copy().map_or(0, |c| c.size_bytes);
-        let fits = |range: ByteRange| {
-            range.length_bytes > 0 && range.length_bytes <= REQUEST_MAX_BYTES && range.end_bytes() <= size
+        let within = |range: ByteRange, longest: u64| {
+            range.length_bytes > 0 && range.length_bytes <= longest && range.end_bytes() <= size
         };
+        let fits = |range: ByteRange| within(range, REQUEST_MAX_BYTES);
         match *message {
             VolumeMessage::Write { range, .. } | VolumeMessage::Copy { range, .. } => {
                 (is_target && buffer.is_some() && fits(range)).then_some((range, Access::Exclusive))
             }
             VolumeMessage::Zero { range, .. } | VolumeMessage::CopyZero { range, .. } => {
-                (is_target && fits(range)).then_some((range, Access::Exclusive))
+                (is_target && within(range, ZERO_MAX_BYTES)).then_some((range, Access::Exclusive))
             }
             VolumeMessage::Read { range, .. } => {
                 (is_target && buffer.is_some() && fits(range)).then_some((range, Access::Shared))
@@ -191,10 +192,7 @@ impl Volume {
     /// The peer's flush: covers every operation acknowledged so far.
     pub(super) fn on_peer_flush(&mut self, session: SessionId, id: u64) {
         if let Some(errno) = self.failed {
-            return self.send(
-                VolumeMessage::FlushAck { id, outcome: RemoteOutcome::Failed { errno } },
-                None,
-            );
+            return self.send(VolumeMessage::FlushAck { id, outcome: RemoteOutcome::Failed { errno } }, None);
         }
         let place = self.peers.flushes.iter().position(Option::is_none);
         let slot = place.unwrap_or_else(|| {

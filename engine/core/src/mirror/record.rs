@@ -13,6 +13,9 @@ use crate::limits::HISTORY_MAX;
 use crate::message::{RemoteOutcome, VolumeMessage};
 use crate::request::{DiskOpKind, DiskOutcome};
 
+/// Errno for a number that does not fit, as Linux numbers it.
+const EOVERFLOW: i32 = 75;
+
 /// What a record was for.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(super) enum After {
@@ -42,6 +45,7 @@ pub(super) struct Job {
 #[derive(Debug)]
 struct Writing {
     superblock: Superblock,
+    counter: u64,
     new_log: bool,
     job: Job,
 }
@@ -69,14 +73,18 @@ impl Recording {
     }
 
     pub(super) fn is_idle(&self) -> bool {
-        self.queue.is_empty()
-            && self.writing.is_none()
-            && self.marking.is_none()
+        self.queue.is_empty() && self.writing.is_none() && self.marking.is_none()
     }
 }
 
 impl Volume {
-    pub(super) fn order_record(&mut self, tag: u64, server: ServerRecord, change: CopyChange, preflush: bool) {
+    pub(super) fn order_record(
+        &mut self,
+        tag: u64,
+        server: ServerRecord,
+        change: CopyChange,
+        preflush: bool,
+    ) {
         let job = Job { server, change, preflush, unproven: false, after: After::Tag(tag) };
         self.recording.queue(job);
     }
@@ -98,13 +106,18 @@ impl Volume {
         let mut next = current;
         next.server = job.server.clone();
         let new_log = self.apply_change(&mut next, &job);
-        next.counter = self.recording.next_counter;
+        let counter = self.recording.next_counter;
+        let slot = self.recording.slot ^ 1;
+        let offset_bytes = u64::from(slot) * SUPERBLOCK_BYTES as u64;
+        let Ok(bytes) = superblock::encode(&next, slot, counter) else {
+            // Names and history are bounded before they get here; the counter is used up after 2^64 records.
+            self.fail_mine(EOVERFLOW, None);
+            return true;
+        };
         self.recording.next_counter += 1;
-        self.recording.slot ^= 1;
-        let offset_bytes = u64::from(self.recording.slot) * SUPERBLOCK_BYTES as u64;
-        let bytes = superblock::encode(&next);
+        self.recording.slot = slot;
         let preflush = job.preflush;
-        self.recording.writing = Some(Box::new(Writing { superblock: next, new_log, job }));
+        self.recording.writing = Some(Box::new(Writing { superblock: next, counter, new_log, job }));
         self.disk(DiskPurpose::Super, DiskOpKind::MetaWrite { offset_bytes, bytes, preflush });
         true
     }
@@ -188,8 +201,7 @@ impl Volume {
             self.fail_mine(*errno, None);
             return;
         }
-        let Writing { superblock, new_log, job } = *writing;
-        let counter = superblock.counter;
+        let Writing { superblock, counter, new_log, job } = *writing;
         self.superblock = Some(superblock);
         self.after_log_change(new_log, counter, &job);
         self.recorded(job);
@@ -237,7 +249,8 @@ impl Volume {
 }
 
 fn adopt_identity(copy: &mut CopyRecord, change: &CopyChange) {
-    let CopyChange::Identity { pair, volume, size_bytes, block_bytes, sector_bytes, generation, state } = change
+    let CopyChange::Identity { pair, volume, size_bytes, block_bytes, sector_bytes, generation, state } =
+        change
     else {
         return;
     };

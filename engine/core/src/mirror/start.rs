@@ -46,13 +46,13 @@ impl Volume {
             Err(error) => return self.unusable(error.code(), error.to_string()),
         };
         let found = selected.superblock;
-        if found.placement.capacity_bytes != self.config.capacity_bytes {
+        if found.capacity_bytes != self.config.capacity_bytes {
             return self.unusable(
                 "wrong-size",
                 format!(
                     "the metadata was made for a backing with room for {} bytes, this one has room for {}; \
                      bring the old size back, or create the copy anew",
-                    found.placement.capacity_bytes, self.config.capacity_bytes
+                    found.capacity_bytes, self.config.capacity_bytes
                 ),
             );
         }

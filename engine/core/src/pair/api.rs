@@ -111,6 +111,8 @@ pub enum Input {
     Operator(OperatorToken, Operator),
     /// The saved blocks asked for by [`Action::SaveBlocks`] are stable, or could not be saved.
     Saved(Result<(), String>),
+    /// The shell opened a volume's backing again; the volume loads anew.
+    Reopened(VolumeIndex),
     /// Nothing but time.
     Time,
 }

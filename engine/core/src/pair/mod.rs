@@ -6,6 +6,7 @@
 //! volumes before anything follows from them), `heartbeat` (lease and silence).
 
 pub mod api;
+mod explain;
 mod heartbeat;
 mod operator;
 mod rejoin;
@@ -17,4 +18,5 @@ mod split;
 mod steps;
 mod stop;
 
+pub use explain::{Direction, Explained};
 pub use server::{Server, SessionView, VolumeView};

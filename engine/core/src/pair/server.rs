@@ -144,6 +144,7 @@ impl Server {
             Input::Message(session, message) => self.on_message(session, message),
             Input::Operator(token, command) => self.on_operator(token, command),
             Input::Saved(result) => self.on_saved(result),
+            Input::Reopened(volume) => self.on_reopened(volume),
             Input::Time => {}
         }
         self.on_time();
@@ -444,6 +445,18 @@ impl Server {
                 self.event("unreadable", text, "a read failed at the source of a resync");
             }
         }
+    }
+
+    /// A replaced disk: the server knows its facts only once it is loaded.
+    fn on_reopened(&mut self, index: VolumeIndex) {
+        let Some(volume) = self.volumes.get_mut(usize::from(index.0)) else {
+            return;
+        };
+        *volume = VolumeState::default();
+        self.loaded = false;
+        self.eligible = false;
+        self.close_session("a disk was attached");
+        self.reason = "reading the disks".to_owned();
     }
 
     pub(super) fn name(&self, at: usize) -> &str {

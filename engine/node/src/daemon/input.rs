@@ -6,11 +6,12 @@ use duplex_core::mirror::api::Pace;
 use duplex_core::pair::api::{Input, Operator};
 use duplex_link::{LinkEvent, SessionEnd};
 
-use super::run::{Daemon, DaemonError};
+use super::run::Daemon;
 use crate::clock;
 use crate::control::api::{Answer, Command, PromoteMode};
 use crate::control::server::Call;
 use crate::control::status::SessionRefusal;
+use crate::failure::Failure;
 use crate::volume::{VolumeCommand, VolumeEvent};
 
 impl Daemon {
@@ -99,7 +100,7 @@ impl Daemon {
         }
     }
 
-    pub(super) fn on_volume(&mut self, index: VolumeIndex, event: VolumeEvent) -> Result<(), DaemonError> {
+    pub(super) fn on_volume(&mut self, index: VolumeIndex, event: VolumeEvent) -> Result<(), Failure> {
         let at = usize::from(index.0);
         match event {
             VolumeEvent::Report(report) => self.feed(Input::Report(index, report)),
@@ -121,9 +122,10 @@ impl Daemon {
             }
             VolumeEvent::Corrupt { path, why } => self.corrupt(path, &why),
             VolumeEvent::Trouble(text) => self.note("trouble", text, "a component failed"),
+            VolumeEvent::Ended if self.expected_ends > 0 => self.expected_ends -= 1,
             VolumeEvent::Ended => {
                 let name = &self.config.volumes[at].name;
-                return Err(DaemonError::Failed(format!("the thread of volume {name} ended")));
+                return Err(Failure::failed(format!("the thread of volume {name} ended")));
             }
         }
         Ok(())

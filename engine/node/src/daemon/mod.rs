@@ -14,7 +14,9 @@ mod run;
 
 use std::path::PathBuf;
 
-pub use run::{DaemonError, run};
+pub use run::{Prepared, prepare, run};
+
+use crate::config::RunDir;
 
 /// What the command line says.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -23,6 +25,6 @@ pub struct Options {
     pub config: PathBuf,
     /// Which server this is; `None` = the host name.
     pub server: Option<String>,
-    /// The run directory.
-    pub run_dir: PathBuf,
+    /// Sockets and device links.
+    pub run_dir: RunDir,
 }

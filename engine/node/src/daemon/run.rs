@@ -18,39 +18,43 @@ use super::devices::{Device, DeviceEvent};
 use super::page::Rate;
 use super::{Options, identity};
 use crate::clock;
-use crate::config::{Config, Metadata, Problems, RunDir, environment, secret};
+use crate::config::environment::{self, Purpose};
+use crate::config::{Config, Metadata, Problems, RunDir, Severity, secret};
 use crate::control::api::Answer;
 use crate::control::server::{Backend, Call, bind, serve};
 use crate::control::status::{SessionRefusal, Status};
 use crate::events::EventLog;
+use crate::failure::Failure;
 use crate::volume::{Settings, VolumeCommand, VolumeEvent, VolumeHandle, place, spawn};
 
 /// How long a killed predecessor's operations may hold a backing (see the store's text).
-const CLAIM_WAIT: Duration = Duration::from_secs(30);
+pub(super) const CLAIM_WAIT: Duration = Duration::from_secs(30);
 /// Events of volumes, commands of operators that may wait for the main loop.
 const QUEUE: usize = 4096;
 /// The status page is renewed at least this often.
 const PAGE_EVERY: Duration = Duration::from_millis(100);
 
-/// Why the daemon did not start or ended.
-#[derive(Debug, thiserror::Error)]
-pub enum DaemonError {
-    /// Of the configuration or of this machine: exit code 2.
-    #[error("{0}")]
-    Problems(Problems),
-    /// A volume's backing cannot be used: nothing was written.
-    #[error("volume {volume}: {text}")]
-    Volume {
-        /// Which.
-        volume: String,
-        /// Stable word.
-        code: &'static str,
-        /// In a sentence.
-        text: String,
-    },
-    /// Anything else that the system refused.
-    #[error("{0}")]
-    Failed(String),
+/// What a start may go on with.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Prepared {
+    /// The configuration.
+    pub config: Config,
+    /// What is worth saying and keeps nothing from starting.
+    pub warnings: Problems,
+}
+
+/// Reads the configuration and looks at this machine.
+///
+/// # Errors
+/// Every problem that keeps the daemon from starting, warnings after them.
+pub fn prepare(options: &Options) -> Result<Prepared, Failure> {
+    let config = Config::load(&options.config, options.server.as_deref())?;
+    let found = environment::check(&config, &options.run_dir, Purpose::Start);
+    if found.has_errors() {
+        return Err(found.into());
+    }
+    debug_assert!(found.0.iter().all(|problem| problem.severity == Severity::Warning));
+    Ok(Prepared { config, warnings: found })
 }
 
 /// Everything the main loop holds.
@@ -63,6 +67,9 @@ pub(super) struct Daemon {
     pub(super) link: LinkHandle,
     pub(super) link_wanted: bool,
     pub(super) link_refusal: Option<SessionRefusal>,
+    pub(super) boot_id: duplex_core::ids::BootId,
+    /// Threads that were told to end while the daemon goes on.
+    pub(super) expected_ends: usize,
     pub(super) session: Option<SessionId>,
     pub(super) last_heard: Option<Instant>,
     pub(super) events: EventLog,
@@ -90,34 +97,30 @@ struct Sources {
 /// Runs this server until it is told to end.
 ///
 /// # Errors
-/// [`DaemonError`], with what to do about it.
-pub fn run(options: &Options) -> Result<(), DaemonError> {
+/// Why it could not start, or why it ended in disorder.
+pub fn run(options: &Options) -> Result<(), Failure> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
         .build()
-        .map_err(|error| DaemonError::Failed(format!("cannot start the runtime: {error}")))?;
+        .map_err(|error| Failure::failed(format!("cannot start the runtime: {error}")))?;
     let result = runtime.block_on(run_here(options));
     runtime.shutdown_timeout(Duration::from_secs(1));
     result
 }
 
-async fn run_here(options: &Options) -> Result<(), DaemonError> {
-    let config = Config::load(&options.config, options.server.as_deref()).map_err(DaemonError::Problems)?;
-    let run_dir = RunDir::new(&options.run_dir);
-    let problems = environment::check(&config, &run_dir, environment::Purpose::Daemon);
-    if problems.has_errors() {
-        return Err(DaemonError::Problems(problems));
-    }
-    for problem in &problems.0 {
+async fn run_here(options: &Options) -> Result<(), Failure> {
+    let Prepared { config, warnings } = prepare(options)?;
+    let run_dir = options.run_dir.clone();
+    for problem in &warnings.0 {
         tracing::warn!("{problem}");
     }
-    let control = bind(&run_dir).map_err(|error| DaemonError::Failed(error.to_string()))?;
+    let control = bind(&run_dir).map_err(|error| Failure::failed(error.to_string()))?;
     let me = config.servers.of(config.me).clone();
     let state_dir = config.state_dir.of(config.me).clone();
     let events =
-        EventLog::open(&state_dir, &me.name).map_err(|error| DaemonError::Failed(error.to_string()))?;
-    let boot_id = identity::boot_id().map_err(DaemonError::Failed)?;
+        EventLog::open(&state_dir, &me.name).map_err(|error| Failure::failed(error.to_string()))?;
+    let boot_id = identity::boot_id().map_err(Failure::Failed)?;
     let incarnation = identity::incarnation();
     let (volume_events, volumes_in) = mpsc::channel(QUEUE);
     let (device_events, devices_in) = mpsc::channel(QUEUE);
@@ -137,6 +140,8 @@ async fn run_here(options: &Options) -> Result<(), DaemonError> {
         link,
         link_wanted: true,
         link_refusal: None,
+        boot_id,
+        expected_ends: 0,
         session: None,
         last_heard: None,
         events: events.clone(),
@@ -211,7 +216,7 @@ async fn open_volumes(
     run_dir: &RunDir,
     boot_id: duplex_core::ids::BootId,
     events: &mpsc::Sender<(VolumeIndex, VolumeEvent)>,
-) -> Result<Opened, DaemonError> {
+) -> Result<Opened, Failure> {
     let mut opening = Vec::new();
     for volume in &config.volumes {
         let data = volume.backing.of(config.me).clone();
@@ -225,11 +230,11 @@ async fn open_volumes(
     let mut threads = Vec::new();
     for (at, task) in opening.into_iter().enumerate() {
         let name = config.volumes[at].name.clone();
-        let failed = |code, text| DaemonError::Volume { volume: name.clone(), code, text };
+        let failed = |text: String| Failure::failed(format!("volume {name}: {text}"));
         let placed = task
             .await
-            .map_err(|error| failed("internal", error.to_string()))?
-            .map_err(|error| failed(error.code(), error.to_string()))?;
+            .map_err(|error| failed(error.to_string()))?
+            .map_err(|error| failed(error.to_string()))?;
         let settings = Settings {
             name: name.clone(),
             index: super::page::index(at),
@@ -238,7 +243,7 @@ async fn open_volumes(
             nbd: super::devices::nbd_settings(config, run_dir, at),
             events: events.clone(),
         };
-        let (handle, thread) = spawn(settings, placed).map_err(|error| failed("thread", error.to_string()))?;
+        let (handle, thread) = spawn(settings, placed).map_err(|error| failed(error.to_string()))?;
         handles.push(Some(handle));
         threads.push(thread);
     }
@@ -249,10 +254,10 @@ fn start_link(
     config: &Config,
     incarnation: duplex_core::ids::Incarnation,
     boot_id: duplex_core::ids::BootId,
-) -> Result<(LinkHandle, mpsc::Receiver<LinkEvent>), DaemonError> {
+) -> Result<(LinkHandle, mpsc::Receiver<LinkEvent>), Failure> {
     let read = |path: &std::path::Path| {
-        let bytes = secret::read(path).map_err(|error| DaemonError::Failed(error.to_string()))?;
-        Secret::new(&bytes).map_err(|error| DaemonError::Failed(format!("{}: {error}", path.display())))
+        let bytes = secret::read(path).map_err(|error| Failure::failed(error.to_string()))?;
+        Secret::new(&bytes).map_err(|error| Failure::failed(format!("{}: {error}", path.display())))
     };
     let current = read(&config.security.secret)?;
     let previous = config.security.secret_old.as_deref().map(read).transpose()?;
@@ -271,12 +276,12 @@ fn start_link(
         frame_max_bytes: LinkConfig::frame_limit_bytes(),
         timers: Timers::default(),
     };
-    Link::start(link).map_err(|error| DaemonError::Failed(error.to_string()))
+    Link::start(link).map_err(|error| Failure::failed(error.to_string()))
 }
 
 impl Daemon {
-    async fn main_loop(&mut self, mut sources: Sources) -> Result<(), DaemonError> {
-        let failed = |error: std::io::Error| DaemonError::Failed(format!("cannot watch for signals: {error}"));
+    async fn main_loop(&mut self, mut sources: Sources) -> Result<(), Failure> {
+        let failed = |error: std::io::Error| Failure::failed(format!("cannot watch for signals: {error}"));
         let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
         let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
         let mut page = tokio::time::interval(PAGE_EVERY);
@@ -288,7 +293,7 @@ impl Daemon {
                 biased;
                 event = sources.link.recv() => match event {
                     Some(event) => self.on_link(event),
-                    None => return Err(DaemonError::Failed("the mirror link ended by itself".to_owned())),
+                    None => return Err(Failure::failed("the mirror link ended by itself".to_owned())),
                 },
                 Some((index, event)) = sources.volumes.recv() => self.on_volume(index, event)?,
                 Some(event) = sources.devices.recv() => self.on_device(event),

@@ -1,6 +1,8 @@
 //! What works on backings without a daemon: `create`, `dump`, `compare`.
 
 mod compare;
+mod metadata;
+mod saved;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -8,9 +10,12 @@ use std::time::Duration;
 use duplex_store::{Access, Backing, BackingConfig, MetaIo, StoreError, probe};
 
 use crate::config::{Config, Metadata, Volume};
+use crate::control::api::Answer;
 use crate::failure::Failure;
 
 pub use compare::{Comparison, compare_data};
+pub use metadata::describe;
+pub use saved::save_marked;
 
 /// Bytes done of bytes to do; called often, cheap to ignore.
 pub type Progress<'a> = &'a mut dyn FnMut(u64, u64);
@@ -61,22 +66,7 @@ pub fn create(
             )));
         }
     }
-    write_metadata(io.into_backing(), own_metadata, volume, progress)
-}
-
-/// The seam to the on-disk format.
-fn write_metadata(
-    backing: Backing,
-    metadata: Option<PathBuf>,
-    volume: &Volume,
-    _progress: Progress<'_>,
-) -> Result<String, Failure> {
-    let place = metadata.unwrap_or_else(|| backing.path().to_owned());
-    Err(Failure::failed(format!(
-        "volume {}: this build cannot write metadata to {}; nothing was changed",
-        volume.name,
-        place.display()
-    )))
+    metadata::write_blank(io.into_backing(), own_metadata.as_deref(), volume, progress)
 }
 
 /// The metadata of a volume of a stopped server, as text and for programs.
@@ -84,8 +74,19 @@ fn write_metadata(
 /// # Errors
 /// The backing cannot be read, or holds no metadata.
 pub fn dump(config: &Config, volume: &Volume) -> Result<(String, serde_json::Value), Failure> {
-    let path = volume.backing.of(config.me);
-    Err(Failure::failed(format!("{}: this build cannot read metadata", path.display())))
+    let metadata = match volume.metadata.of(config.me) {
+        Metadata::Internal => None,
+        Metadata::Path(path) => Some(path.as_path()),
+    };
+    let copy = metadata::OfflineCopy::open(volume.backing.of(config.me), metadata, Access::ReadShared)?;
+    let superblock = &copy.superblock;
+    match describe(&superblock.copy, Some(&superblock.server), copy.dirty_blocks()) {
+        Answer::Ok { text, data } => {
+            let text = format!("{text}\nin flight   {} extents at the end", copy.replayed_extents());
+            Ok((text, data.unwrap_or_default()))
+        }
+        other => Err(Failure::failed(other.text())),
+    }
 }
 
 /// What to do with a file of saved blocks.
@@ -109,7 +110,7 @@ pub enum Saved {
 /// # Errors
 /// It cannot be read, is torn, or the target cannot be written.
 pub fn dump_saved(file: &Path, what: &Saved) -> Result<(String, serde_json::Value), Failure> {
-    Err(Failure::failed(format!("{}: this build cannot read saved blocks ({what:?})", file.display())))
+    saved::dump(file, what)
 }
 
 /// Compares the data of two backings of stopped servers.
@@ -118,18 +119,16 @@ pub fn dump_saved(file: &Path, what: &Saved) -> Result<(String, serde_json::Valu
 /// One cannot be read or claimed, or their volumes are of different sizes.
 pub fn compare(a: &Path, b: &Path, progress: Progress<'_>) -> Result<Comparison, Failure> {
     let open = |path: &Path| {
-        let config = BackingConfig { data: path.to_owned(), metadata: None, wait: Duration::ZERO };
-        let mut io = MetaIo::open(&config, Access::ReadClaimed).map_err(|error| refused_or_failed(&error))?;
-        place(&mut io, path)?;
+        let copy = metadata::OfflineCopy::open(path, None, Access::ReadClaimed)?;
+        let size_bytes = copy.superblock.copy.size_bytes;
+        let mut io = copy.io;
+        let mut area = io.placement();
+        area.data_bytes = size_bytes;
+        io.place(area).map_err(|error| refused_or_failed(&error))?;
         Ok::<_, Failure>(io)
     };
     let (mut a, mut b) = (open(a)?, open(b)?);
     compare_data(&mut a, &mut b, progress)
-}
-
-/// The seam to the on-disk format: where the volume's data lies on a backing.
-fn place(_io: &mut MetaIo, path: &Path) -> Result<(), Failure> {
-    Err(Failure::failed(format!("{}: this build cannot read metadata", path.display())))
 }
 
 fn refused_or_failed(error: &StoreError) -> Failure {

@@ -18,6 +18,7 @@ use duplex_frontend::fuse::Connection;
 use duplex_link::DataConnection;
 use duplex_ring::Waker;
 
+pub use frontends::NbdSettings;
 pub use snapshot::Snapshot;
 pub use thread::{Settings, ThreadError, spawn};
 
