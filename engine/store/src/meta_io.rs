@@ -52,6 +52,11 @@ impl MetaIo {
         Ok(())
     }
 
+    /// Where the areas lie.
+    pub const fn placement(&self) -> Placement {
+        self.placement
+    }
+
     /// Size of the data area as placed.
     pub const fn data_bytes(&self) -> u64 {
         self.placement.data_bytes

@@ -624,8 +624,16 @@ impl Volume {
         lost.sort_by_key(|(seq, _)| if seq.0 == 0 { u64::MAX } else { seq.0 });
         let proven = self.proven_now();
         for (_, slot) in lost {
-            let is_flush = self.clients.get(slot).is_some_and(|op| op.op == RequestOp::Flush);
-            let mark = self.log.as_mut().filter(|_| is_flush).map(DirtyLog::flush_issued);
+            let flush = self.clients.get(slot).filter(|op| op.op == RequestOp::Flush).map(|op| op.mark);
+            let mark = match (flush, self.log.as_mut()) {
+                (Some(old), Some(log)) => {
+                    if let Some((old, _)) = old {
+                        log.flush_abandoned(old);
+                    }
+                    Some(log.flush_issued())
+                }
+                (None, _) | (_, None) => None,
+            };
             if let Some(op) = self.clients.get_mut(slot) {
                 op.remote = Leg::Pending;
                 op.mark = mark.map(|mark| (mark, proven));

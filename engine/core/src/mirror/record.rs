@@ -71,10 +71,6 @@ impl Recording {
     pub(super) fn queue(&mut self, job: Job) {
         self.queue.push_back(job);
     }
-
-    pub(super) fn is_idle(&self) -> bool {
-        self.queue.is_empty() && self.writing.is_none() && self.marking.is_none()
-    }
 }
 
 impl Volume {

@@ -220,6 +220,11 @@ impl Volume {
         }
     }
 
+    /// Some request is done but for the lease.
+    pub fn waits_for_lease(&self) -> bool {
+        !self.clients.lease_wait.is_empty()
+    }
+
     /// The copy's durable record, once read.
     pub fn copy(&self) -> Option<&CopyRecord> {
         self.superblock.as_ref().map(|s| &s.copy)

@@ -66,6 +66,14 @@ impl Network {
     }
 }
 
+impl Network {
+    /// A network by its address and prefix length, which is held within the address's width.
+    pub fn new(address: IpAddr, prefix_bits: u8) -> Self {
+        let width = if address.is_ipv4() { 32 } else { 128 };
+        Self { address, prefix_bits: prefix_bits.min(width) }
+    }
+}
+
 /// A network that is not one.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 #[error("{text:?} is not a network: write an address and a prefix length, as in 10.0.0.0/24 or fd00::/64")]

@@ -185,6 +185,30 @@ pub struct Status {
     pub memory: Vec<MemoryStatus>,
 }
 
+impl Status {
+    /// The page of a server that has not looked at anything yet.
+    pub fn empty(pair: &str, server: &ServerName, peer: &ServerName) -> Self {
+        Self {
+            version: STATUS_VERSION,
+            pair: pair.to_owned(),
+            server: server.clone(),
+            state: State::Joining,
+            role: Role::None,
+            epoch: Epoch::never(),
+            reason: None,
+            peer: Peer { server: peer.clone(), state: None, role: None, heard_ms: None },
+            link: Vec::new(),
+            lan: Vec::new(),
+            witness: None,
+            policy: crate::config::Arbiter::POLICY.to_owned(),
+            frozen: None,
+            refusal: None,
+            volumes: Vec::new(),
+            memory: Vec::new(),
+        }
+    }
+}
+
 /// What is known of the peer.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Peer {

@@ -6,7 +6,7 @@ use duplex_core::ids::VolumeIndex;
 use duplex_core::pair::api::Input;
 use duplex_frontend::fuse::FuseMount;
 use duplex_frontend::loopdev::{
-    DetachMode, LoopDevice, LoopOptions, is_available, make_device_link, remove_device_link,
+    DetachMode, LoopDevice, LoopOptions, is_available, make_device_link, remove_device_link, set_up_device,
 };
 use duplex_frontend::nbd::{ListenAddress, Network};
 
@@ -81,8 +81,7 @@ impl Daemon {
             (DeviceState::None, true) => {
                 device.state = DeviceState::Making;
                 let sector_bytes = volume.shared.snapshot().copy.map_or(4096, |c| c.sector_bytes);
-                let options =
-                    LoopOptions { volume: device.name.clone(), sector_bytes, read_only: false };
+                let options = LoopOptions { volume: device.name.clone(), sector_bytes, read_only: false };
                 let directory = self.run_dir.device_dir();
                 tokio::task::spawn_blocking(move || {
                     let made = make(&options, &directory, &volume);
@@ -158,7 +157,9 @@ impl Daemon {
         for device in &self.devices {
             if let DeviceState::Up(made) = &device.state {
                 match made.device.users() {
-                    Ok(found) => users.extend(found.iter().map(|user| format!("{} {user}", made.link.display()))),
+                    Ok(found) => {
+                        users.extend(found.iter().map(|user| format!("{} {user}", made.link.display())))
+                    }
                     Err(error) => users.push(error.to_string()),
                 }
             }
@@ -197,7 +198,8 @@ impl Daemon {
     /// Takes a (new) backing of a volume into use, after its copy failed or was detached.
     pub(super) async fn reopen(&mut self, index: VolumeIndex) -> Answer {
         if self.server.role_word() == "primary" {
-            let text = "this server is primary; the peer must serve while a disk is replaced (`duplex switchover`)";
+            let text =
+                "this server is primary; the peer must serve while a disk is replaced (`duplex switchover`)";
             return Answer::refused("is-primary", text);
         }
         let at = usize::from(index.0);
@@ -231,7 +233,11 @@ impl Daemon {
                 self.volumes[at] = Some(handle);
                 self.threads.push(thread);
                 self.feed(Input::Reopened(index));
-                self.note("attached", format!("volume {}: the backing is taken again", volume.name), "operator");
+                self.note(
+                    "attached",
+                    format!("volume {}: the backing is taken again", volume.name),
+                    "operator",
+                );
                 Answer::ok("attached")
             }
             Err(error) => Answer::Failed { text: error.to_string() },
@@ -252,8 +258,7 @@ impl Daemon {
 fn make(options: &LoopOptions, directory: &Path, volume: &VolumeHandle) -> Result<Made, String> {
     let (mount, connection) = FuseMount::create(&options.volume).map_err(|error| error.to_string())?;
     volume.send(VolumeCommand::Fuse(connection));
-    let file = mount.open_file().map_err(|error| error.to_string())?;
-    let device = LoopDevice::configure(&file, options).map_err(|error| error.to_string())?;
+    let device = set_up_device(&mount, options).map_err(|error| error.to_string())?;
     match make_device_link(directory, &options.volume, device.path()) {
         Ok(link) => Ok(Made { device, link }),
         Err(error) => {

@@ -67,7 +67,10 @@ impl Daemon {
                 self.note("stranger", format!("stranger({address}): {why}"), &why);
             }
             LinkEvent::Refused(refusal) => {
-                let text = refusal.to_string();
+                let text = format!(
+                    "the link refuses the peer: {}: here {}, there {}",
+                    refusal.code, refusal.mine, refusal.theirs
+                );
                 let shown = SessionRefusal {
                     code: refusal.code.clone(),
                     rule: Some("link".to_owned()),
@@ -215,8 +218,11 @@ impl Daemon {
         match told {
             Ok(()) => {
                 self.link_wanted = wanted;
-                let (kind, text) =
-                    if wanted { ("connect", "the link tries again") } else { ("disconnect", "the link is given up") };
+                let (kind, text) = if wanted {
+                    ("connect", "the link tries again")
+                } else {
+                    ("disconnect", "the link is given up")
+                };
                 self.note(kind, text.to_owned(), "by the operator");
                 Answer::ok(text)
             }

@@ -86,7 +86,11 @@ impl Daemon {
         let result = result.map_err(|error| error.to_string());
         if let Ok(files) = &result {
             for file in files {
-                self.note("saved", format!("this server's own blocks are saved in {}", file.display()), "resolve");
+                self.note(
+                    "saved",
+                    format!("this server's own blocks are saved in {}", file.display()),
+                    "resolve",
+                );
             }
         }
         self.inputs.push_back(Input::Saved(result.map(|_| ())));
@@ -143,14 +147,25 @@ impl Daemon {
                     duplex_core::pair::Direction::SplitBrain => (
                         Direction::SplitBrain,
                         mine.min(theirs),
-                        format!("both wrote alone: {mine} bytes here, {theirs} bytes there; nothing is overwritten"),
+                        format!(
+                            "both wrote alone: {mine} bytes here, {theirs} bytes there; nothing is overwritten"
+                        ),
                     ),
                     duplex_core::pair::Direction::Refused => {
                         (Direction::Refused, 0, "the servers refuse each other".to_owned())
                     }
                 };
                 let rule = Some(known.rule);
-                Explanation { volume, rule, direction, full: known.full, copy_bytes, lost_bytes, generation, text }
+                Explanation {
+                    volume,
+                    rule,
+                    direction,
+                    full: known.full,
+                    copy_bytes,
+                    lost_bytes,
+                    generation,
+                    text,
+                }
             }
             None => Explanation {
                 volume,
@@ -161,7 +176,9 @@ impl Daemon {
                 lost_bytes: 0,
                 generation,
                 text: match snapshot.state {
-                    Some(CopyState::Blank) => "blank: `duplex activate`, or it copies from an active peer".to_owned(),
+                    Some(CopyState::Blank) => {
+                        "blank: `duplex activate`, or it copies from an active peer".to_owned()
+                    }
                     Some(_) | None => format!("the peer is not heard; {mine} bytes are marked here"),
                 },
             },

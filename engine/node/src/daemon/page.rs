@@ -6,7 +6,6 @@ use std::time::Duration;
 use duplex_core::format::record::CopyState as Copy;
 use duplex_core::ids::VolumeIndex;
 use duplex_core::message::LiveState;
-use duplex_core::pair::Server;
 use duplex_core::time::Instant;
 
 use super::run::Daemon;

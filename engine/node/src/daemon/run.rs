@@ -118,9 +118,8 @@ async fn run_here(options: &Options) -> Result<(), Failure> {
     let control = bind(&run_dir).map_err(|error| Failure::failed(error.to_string()))?;
     let me = config.servers.of(config.me).clone();
     let state_dir = config.state_dir.of(config.me).clone();
-    let events =
-        EventLog::open(&state_dir, &me.name).map_err(|error| Failure::failed(error.to_string()))?;
-    let boot_id = identity::boot_id().map_err(Failure::Failed)?;
+    let events = EventLog::open(&state_dir, &me.name).map_err(|error| Failure::failed(error.to_string()))?;
+    let boot_id = identity::boot_id().map_err(Failure::failed)?;
     let incarnation = identity::incarnation();
     let (volume_events, volumes_in) = mpsc::channel(QUEUE);
     let (device_events, devices_in) = mpsc::channel(QUEUE);
@@ -129,8 +128,9 @@ async fn run_here(options: &Options) -> Result<(), Failure> {
     let server = Server::new(server_config(&config, incarnation, boot_id));
     let (commands, commands_in) = mpsc::channel(QUEUE);
     let count = config.volumes.len();
+    let peer_name = config.servers.of(config.me.other()).name.clone();
     let names: Vec<String> = config.volumes.iter().map(|v| v.name.clone()).collect();
-    let (status, status_in) = watch::channel(Arc::new(Status::empty(&config.pair, &me.name)));
+    let (status, status_in) = watch::channel(Arc::new(Status::empty(&config.pair, &me.name, &peer_name)));
     let mut daemon = Daemon {
         config,
         run_dir,
@@ -260,7 +260,7 @@ fn start_link(
         Secret::new(&bytes).map_err(|error| Failure::failed(format!("{}: {error}", path.display())))
     };
     let current = read(&config.security.secret)?;
-    let previous = config.security.secret_old.as_deref().map(read).transpose()?;
+    let other = config.security.secret_old.as_deref().map(read).transpose()?;
     let me = config.servers.of(config.me);
     let peer = config.servers.of(config.me.other());
     let link = LinkConfig {
@@ -268,7 +268,7 @@ fn start_link(
         peer: peer.name.clone(),
         pair_name: config.pair.clone(),
         paths: me.link.iter().zip(&peer.link).map(|(mine, theirs)| PathConfig::new(*mine, *theirs)).collect(),
-        secrets: Secrets { current, previous },
+        secrets: Secrets { current, other },
         encryption: if config.security.encryption { Encryption::Tls } else { Encryption::Off },
         incarnation,
         boot_id,

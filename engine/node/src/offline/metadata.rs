@@ -100,7 +100,8 @@ fn write_all(io: &mut MetaIo, blank: &Superblock, progress: Progress<'_>) -> Res
     let (first, second) = old.split_at(superblock::SUPERBLOCK_BYTES);
     let counter = superblock::next_counter(first, second);
     for (slot, counter) in [(0u8, counter), (1, counter + 1)] {
-        let bytes = superblock::encode(blank, slot, counter).map_err(|error| Failure::failed(error.to_string()))?;
+        let bytes =
+            superblock::encode(blank, slot, counter).map_err(|error| Failure::failed(error.to_string()))?;
         let offset = u64::from(slot) * superblock::SUPERBLOCK_BYTES as u64;
         io.write_meta(offset, &bytes).map_err(|error| refused_or_failed(&error))?;
     }
@@ -119,9 +120,8 @@ pub(super) struct OfflineCopy {
 impl OfflineCopy {
     /// Reads; nothing is written, whatever the log would like to.
     pub(super) fn open(data: &Path, metadata: Option<&Path>, access: Access) -> Result<Self, Failure> {
-        let placed =
-            place::open_with(data.to_owned(), metadata.map(Path::to_owned), Duration::ZERO, access)
-                .map_err(|error| Failure::refused(error.to_string()))?;
+        let placed = place::open_with(data.to_owned(), metadata.map(Path::to_owned), Duration::ZERO, access)
+            .map_err(|error| Failure::refused(error.to_string()))?;
         let superblock = placed.superblock;
         let mut io = MetaIo::new(placed.backing).map_err(|error| refused_or_failed(&error))?;
         io.place(placed.placement).map_err(|error| refused_or_failed(&error))?;

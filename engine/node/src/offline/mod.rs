@@ -7,7 +7,7 @@ mod saved;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use duplex_store::{Access, Backing, BackingConfig, MetaIo, StoreError, probe};
+use duplex_store::{Access, BackingConfig, MetaIo, StoreError, probe};
 
 use crate::config::{Config, Metadata, Volume};
 use crate::control::api::Answer;

@@ -122,11 +122,8 @@ impl Frontends {
         let Some(server) = self.nbd.as_mut() else {
             return Ok(());
         };
-        let state = if serving {
-            ServerState::Serving
-        } else {
-            ServerState::Refusing { text: refusal.to_owned() }
-        };
+        let state =
+            if serving { ServerState::Serving } else { ServerState::Refusing { text: refusal.to_owned() } };
         server.set_state(state, ring).map_err(|error| format!("volume {}: {error}", self.volume))
     }
 

@@ -112,12 +112,8 @@ pub fn spawn(settings: Settings, placed: Placed) -> Result<(VolumeHandle, JoinHa
     let store = Store::new(STORE, placed.backing, placed.placement)?;
     let chunk = usize::try_from(COPY_CHUNK_BYTES).expect("a chunk fits into memory");
     let copy_buffers: Vec<BufferId> = (0..COPY_CHUNKS_MAX).filter_map(|_| arena.alloc(chunk)).collect();
-    let config = VolumeConfig {
-        boot_id: settings.boot_id,
-        copy_buffers,
-        stall: settings.stall,
-        capacity_bytes,
-    };
+    let config =
+        VolumeConfig { boot_id: settings.boot_id, copy_buffers, stall: settings.stall, capacity_bytes };
     let (sender, commands) = mpsc::channel();
     let shared = Arc::new(Shared::default());
     let handle = VolumeHandle {
@@ -127,29 +123,33 @@ pub fn spawn(settings: Settings, placed: Placed) -> Result<(VolumeHandle, JoinHa
         shared: Arc::clone(&shared),
     };
     let name = settings.name.clone();
-    let volume_loop = VolumeLoop {
-        frontends: Frontends::new(&settings.name),
-        settings,
-        shared,
-        commands,
-        ring,
-        arena,
-        core: Volume::new(config),
-        store,
-        channel: None,
-        ended: Vec::new(),
-        channels_made: 0,
-        completions: Vec::new(),
-        disk_events: Vec::new(),
-        client_events: Vec::new(),
-        channel_events: Vec::new(),
-        now: clock::now(),
-        snapshot_at: Instant::default(),
-        stopping: None,
+    // Frontends are made on the thread they live on.
+    let begin = move || {
+        VolumeLoop {
+            frontends: Frontends::new(&settings.name),
+            settings,
+            shared,
+            commands,
+            ring,
+            arena,
+            core: Volume::new(config),
+            store,
+            channel: None,
+            ended: Vec::new(),
+            channels_made: 0,
+            completions: Vec::new(),
+            disk_events: Vec::new(),
+            client_events: Vec::new(),
+            channel_events: Vec::new(),
+            now: clock::now(),
+            snapshot_at: Instant::default(),
+            stopping: None,
+        }
+        .run();
     };
     let thread = std::thread::Builder::new()
         .name(format!("volume-{name}"))
-        .spawn(move || volume_loop.run())
+        .spawn(begin)
         .map_err(|error| ThreadError::Thread { volume: name, error })?;
     Ok((handle, thread))
 }
@@ -354,9 +354,9 @@ impl VolumeLoop {
             ChannelEvent::Message(message, buffer) => {
                 let buffer = match message {
                     // The core fills it: the answer's payload.
-                    VolumeMessage::Read { range, .. } => usize::try_from(range.length_bytes)
-                        .ok()
-                        .and_then(|length| self.arena.alloc(length)),
+                    VolumeMessage::Read { range, .. } => {
+                        usize::try_from(range.length_bytes).ok().and_then(|length| self.arena.alloc(length))
+                    }
                     VolumeMessage::Write { .. }
                     | VolumeMessage::Zero { .. }
                     | VolumeMessage::Ack { .. }
@@ -511,9 +511,7 @@ fn release_late(events: Vec<ChannelEvent>, arena: &mut Arena) {
     for event in events {
         match event {
             ChannelEvent::Message(_, Some(buffer)) => arena.release(buffer),
-            ChannelEvent::Message(_, None)
-            | ChannelEvent::Broken { .. }
-            | ChannelEvent::Corrupt { .. } => {}
+            ChannelEvent::Message(_, None) | ChannelEvent::Broken { .. } | ChannelEvent::Corrupt { .. } => {}
         }
     }
 }

@@ -1,0 +1,189 @@
+//! Marks as the resync sees them: found, sent, merged, set and cleared as a whole.
+
+use super::map::PageBits;
+use super::{BadPage, DirtyLog, EXTENT_WORDS, NextDirty, NextPage, count, place_in_page};
+use crate::format::map_page::{PAGE_BLOCKS, PAGE_BYTES, PAGE_EXTENTS, PAGE_WORDS};
+
+impl DirtyLog {
+    /// Blocks marked, each once; marks of active extents whose page is not in memory may be counted twice.
+    pub fn dirty_blocks(&self) -> u64 {
+        let mut active = 0;
+        for (number, extent) in &self.extents {
+            let marked = count(&extent.dirty);
+            if marked == 0 {
+                continue;
+            }
+            let (page, first) = place_in_page(*number);
+            if self.map.is_full(page) {
+                continue;
+            }
+            let in_page = self.map.known(page).map_or(0, |bits| {
+                let own = bits[first..first + EXTENT_WORDS].iter();
+                own.zip(&extent.dirty).map(|(a, b)| u64::from((a & b).count_ones())).sum()
+            });
+            active += marked - in_page;
+        }
+        self.map.total() + active + self.map.waiting_marks()
+    }
+
+    /// The next marked blocks at or after `from_block` that are not copied yet; a run ends with its page.
+    pub fn next_dirty(&mut self, from_block: u64, max_blocks: u64) -> NextDirty {
+        let mut page = from_block / PAGE_BLOCKS;
+        let mut first = from_block % PAGE_BLOCKS;
+        while page < self.map.page_count() {
+            if self.has_marks(page, false) {
+                let Some(mut bits) = self.compose(page, false) else {
+                    return NextDirty::Loading;
+                };
+                self.without_copied(page, &mut bits);
+                if let Some((start, blocks)) = run(&bits, first, max_blocks.max(1)) {
+                    return NextDirty::Run { first_block: page * PAGE_BLOCKS + start, blocks };
+                }
+            }
+            page += 1;
+            first = 0;
+        }
+        NextDirty::End
+    }
+
+    /// The next page with marks at or after `from_page`, blocks not flushed on both included.
+    pub fn next_page(&mut self, from_page: u64) -> NextPage {
+        for page in from_page..self.map.page_count() {
+            if !self.has_marks(page, true) {
+                continue;
+            }
+            let Some(bits) = self.compose(page, true) else {
+                return NextPage::Loading;
+            };
+            let mut bytes = Box::new([0; PAGE_BYTES]);
+            for (piece, word) in bytes.chunks_exact_mut(8).zip(bits.iter()) {
+                piece.copy_from_slice(&word.to_le_bytes());
+            }
+            return NextPage::Page { index: page, bits: bytes };
+        }
+        NextPage::End
+    }
+
+    fn has_marks(&self, page: u64, touched: bool) -> bool {
+        let extents = self.extents_of(page);
+        self.map.count(page) > 0
+            || self.map.waits_in(page)
+            || extents.into_iter().any(|(_, e)| {
+                e.dirty.iter().any(|w| *w != 0)
+                    || (touched && (e.is_touched() || e.busy.iter().any(|w| *w != 0)))
+            })
+    }
+
+    fn extents_of(&self, page: u64) -> impl IntoIterator<Item = (&u32, &super::Extent)> {
+        let first = u32::try_from(page * PAGE_EXTENTS).unwrap_or(u32::MAX);
+        let end = u32::try_from((page + 1) * PAGE_EXTENTS).unwrap_or(u32::MAX);
+        self.extents.range(first..end)
+    }
+
+    /// The page with the marks of its active extents; `None` while it is being read.
+    fn compose(&mut self, page: u64, touched: bool) -> Option<Box<PageBits>> {
+        let Some(mut bits) = self.map.bits(page) else {
+            self.map.want(page);
+            self.pump_map();
+            return None;
+        };
+        self.map.waiting_bits(page, &mut bits);
+        for (number, extent) in self.extents_of(page) {
+            let (_, first) = place_in_page(*number);
+            for (at, word) in bits[first..first + EXTENT_WORDS].iter_mut().enumerate() {
+                *word |= extent.dirty[at];
+                if touched {
+                    *word |= extent.touched[at] | extent.flushing[at] | extent.busy[at];
+                }
+            }
+        }
+        Some(bits)
+    }
+
+    fn without_copied(&self, page: u64, bits: &mut PageBits) {
+        if self.marks.is_empty() {
+            return;
+        }
+        let first = u32::try_from(page * PAGE_EXTENTS).unwrap_or(u32::MAX);
+        for number in first..first + PAGE_EXTENTS as u32 {
+            let copied = self.marks.copied_of(number);
+            let (_, at) = place_in_page(number);
+            for (word, other) in bits[at..at + EXTENT_WORDS].iter_mut().zip(&copied) {
+                *word &= !other;
+            }
+        }
+    }
+
+    /// Takes in a page of the peer's marks: the union of both maps.
+    ///
+    /// # Errors
+    /// The page is not of this volume.
+    pub fn merge_page(&mut self, index: u64, bits: &[u8]) -> Result<(), BadPage> {
+        if index >= self.map.page_count() || bits.len() != PAGE_BYTES {
+            return Err(BadPage { index, bytes: bits.len() });
+        }
+        let mut page = Box::new([0; PAGE_WORDS]);
+        for (word, piece) in page.iter_mut().zip(bits.chunks_exact(8)) {
+            *word = crate::format::seal::read_u64(piece, 0);
+        }
+        self.map.take_merge(index, page);
+        self.pump();
+        Ok(())
+    }
+
+    /// Another page may be merged now.
+    pub fn can_merge(&self) -> bool {
+        self.map.can_take_merge()
+    }
+
+    /// Everything merged or set so far is durable.
+    pub fn merges_durable(&self) -> bool {
+        self.map.all_durable()
+    }
+
+    /// Marks every block. Durable when [`Self::merges_durable`].
+    pub fn set_all(&mut self) {
+        self.marks.clear();
+        self.map.set_all();
+        self.pump();
+    }
+
+    /// The floor that the owner's next superblock must bear to make the map empty.
+    pub const fn next_floor(&self) -> u64 {
+        self.map.next_counter()
+    }
+
+    /// The owner's superblock with this floor is durable: nothing is marked any more.
+    pub fn clear_all_at(&mut self, floor: u64) {
+        self.marks.clear();
+        self.map.clear_all(floor);
+        for extent in self.extents.values_mut() {
+            extent.dirty = [0; EXTENT_WORDS];
+            extent.touched = extent.busy;
+            extent.flushing = [0; EXTENT_WORDS];
+        }
+        self.settle();
+    }
+}
+
+/// The first run of set bits at or after `first`, at most `max` long.
+fn run(bits: &PageBits, first: u64, max: u64) -> Option<(u64, u64)> {
+    let is_set = |at: u64| bits[(at / 64) as usize] >> (at % 64) & 1 == 1;
+    let mut start = first;
+    loop {
+        if start >= PAGE_BLOCKS {
+            return None;
+        }
+        let word = bits[(start / 64) as usize] >> (start % 64);
+        if word != 0 {
+            start += u64::from(word.trailing_zeros());
+            break;
+        }
+        start = (start / 64 + 1) * 64;
+    }
+    let mut end = start;
+    while end < PAGE_BLOCKS && end - start < max && is_set(end) {
+        end += 1;
+    }
+    Some((start, end - start))
+}
