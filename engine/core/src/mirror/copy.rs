@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::api::{CopyPlan, Pace, Part, Priority, Progress, Report, ServeMode};
 use super::lock::Access;
 use super::volume::{DiskPurpose, Holder, Joined, Serve, SessionRole, Volume};
-use crate::dirty_log::NextDirty;
+use crate::dirty_log::{DirtyLog, NextDirty};
 use crate::ids::{BufferId, ByteRange, SessionId};
 use crate::limits::COPY_CHUNK_BYTES;
 use crate::message::{RemoteOutcome, VolumeMessage};
@@ -282,7 +282,7 @@ impl Volume {
                 NextDirty::Loading => return moved,
                 NextDirty::End if self.copying.cursor_block > 0 && self.copying.in_flight() == 0 => {
                     self.copying.cursor_block = 0;
-                    if self.dirty_blocks() > 0 {
+                    if self.log.as_ref().is_some_and(DirtyLog::wants_flush) {
                         // What is copied waits for its flush; what was marked meanwhile is found next time.
                         return moved;
                     }

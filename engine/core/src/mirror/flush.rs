@@ -50,6 +50,8 @@ enum Draining {
     Flushing,
     /// The log becomes empty on disk.
     Settling,
+    /// Reported; requests are refused until the server machine closes the volume or serves again.
+    Drained,
 }
 
 /// Flushes under way and what waits for them.
@@ -277,11 +279,11 @@ impl Volume {
                 true
             }
             Draining::Settling if settled => {
-                self.flushes.draining = None;
+                self.flushes.draining = Some((tag, Draining::Drained));
                 self.report(Report::Drained { tag });
                 true
             }
-            Draining::Emptying | Draining::Flushing | Draining::Settling => false,
+            Draining::Emptying | Draining::Flushing | Draining::Settling | Draining::Drained => false,
         }
     }
 
