@@ -101,6 +101,9 @@ impl World {
         self.link.passes = [false; 2];
         self.heal(0);
         self.heal(1);
+        for disk in self.machines.iter_mut().flat_map(|machine| &mut machine.disks) {
+            disk.faults.clear();
+        }
         let end = self.now + HEALING_NS;
         let busy_until = self.now + 2000 * MS;
         let mut idle = 0;

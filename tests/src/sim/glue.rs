@@ -200,7 +200,7 @@ impl World {
                     });
                 }
                 VolumeAction::Report(report) => {
-                    self.cover_report(host, &report);
+                    self.cover_report(host, volume, &report);
                     let life = self.machines[host].life;
                     let due = self.hop(host, volume, false);
                     self.plan(due, Event::Report { host, life, volume, report: Box::new(report) });
@@ -330,11 +330,11 @@ impl World {
 
     fn send_control(&mut self, host: Host, session: SessionId, message: &ControlMessage) {
         self.cover_control(message);
-        let number = if matches!(message, ControlMessage::Heartbeat { .. }) {
-            0
-        } else {
-            self.link.number(host, 0)
-        };
+        let quiet = matches!(message, ControlMessage::Heartbeat { .. });
+        if !quiet {
+            self.trace.step(self.now, [15, host as u64, 0], || format!("{host} server -> {message:?}"));
+        }
+        let number = if quiet { 0 } else { self.link.number(host, 0) };
         match wire::control_frame(number, message) {
             Ok(frame) => self.post(host, session, 0, Parcel::Control(frame)),
             Err(why) => self.fail(format!("{host} sends what the link cannot carry: {why}")),
@@ -472,7 +472,7 @@ impl World {
         }
     }
 
-    fn cover_report(&mut self, host: Host, report: &Report) {
+    fn cover_report(&mut self, host: Host, volume: usize, report: &Report) {
         match report {
             Report::Loaded(facts) => {
                 if facts.copy.unproven {
@@ -486,7 +486,7 @@ impl World {
             }
             Report::Adopted { .. } => self.cover.hit("G6.2 adopted"),
             Report::CopyFailed { .. } => self.cover.hit("G12 copy failed"),
-            Report::Unusable { code, text } => {
+            Report::Unusable { code, text } if !self.machines[host].disks[volume].dead => {
                 let why = format!("server {host} cannot use its metadata: {code}: {text}");
                 self.fail(why);
             }
