@@ -226,6 +226,7 @@ impl Volume {
     fn run_write(&mut self, slot: u32) {
         let replicate = self.can_replicate();
         let alone = self.serve == Serve::Open(ServeMode::Alone);
+        let op_goes_alone = alone && !replicate;
         let seq = self.next_sequence();
         let Some(op) = self.clients.get_mut(slot) else {
             return;
@@ -241,7 +242,9 @@ impl Volume {
         };
         let (request, range) = (op.op, op.range);
         self.clients.by_seq.insert(seq.0, slot);
-        if !replicate && let Some(log) = self.log.as_mut() {
+        // Where the peer only owes its answer the active extent is the mark: it may be sent again (D12), and
+        // going alone marks what is in flight.
+        if op_goes_alone && let Some(log) = self.log.as_mut() {
             log.mark(range);
         }
         let kind = match request {

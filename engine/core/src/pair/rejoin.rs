@@ -34,6 +34,7 @@ impl Server {
             self.serving = Serving::Returning;
         }
         self.record.epoch_seen = epoch.clone();
+        self.era_before_return = self.record.era;
         self.record.era = Era::Pair;
         self.in_step_heard = self.now;
         self.set_phase(Phase::Returning);
@@ -54,6 +55,15 @@ impl Server {
         }
         self.send(ControlMessage::Mirrored { epoch, primary });
         self.enter_mirrored("the resync ended");
+    }
+
+    /// A return that could not end: its record may never be written, the era is what the disks say.
+    pub(super) fn take_return_back(&mut self) {
+        let before = self.pending.len();
+        self.pending.retain(|p| !matches!(p.step, Step::Returned { .. }));
+        if self.pending.len() != before {
+            self.record.era = self.era_before_return;
+        }
     }
 
     /// Target: this copy is the source's equal, durably.

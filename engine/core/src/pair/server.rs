@@ -7,7 +7,7 @@ use super::session::{Phase, Session};
 use super::steps::Pending;
 use super::stop::Stopping;
 use crate::event::Event;
-use crate::format::record::{CopyRecord, CopyState, ServerRecord};
+use crate::format::record::{CopyRecord, CopyState, Era, ServerRecord};
 use crate::ids::{Epoch, Generation, VolumeIndex};
 use crate::message::{ControlMessage, LiveState};
 use crate::mirror::api::{Facts, Order, Report, Whose};
@@ -74,6 +74,8 @@ pub struct Server {
     pub(super) serving: Serving,
     pub(super) session: Option<Session>,
     pub(super) pending: VecDeque<Pending>,
+    /// What the record said before the return under way.
+    pub(super) era_before_return: Era,
     pub(super) next_tag: u64,
     pub(super) ids_drawn: u64,
     pub(super) lease_until: Instant,
@@ -114,6 +116,7 @@ impl Server {
             serving: Serving::No,
             session: None,
             pending: VecDeque::new(),
+            era_before_return: Era::Pair,
             next_tag: 1,
             ids_drawn: 0,
             lease_until: Instant::default(),

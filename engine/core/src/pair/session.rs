@@ -116,6 +116,9 @@ impl Server {
                 self.in_step_heard = self.last_heard;
             }
         }
+        if self.serving == Serving::No {
+            self.take_return_back();
+        }
         self.peer_copies.fill(None);
         reason.clone_into(&mut self.reason);
         self.event("link-lost", format!("the peer is lost: {reason}"), reason);

@@ -19,8 +19,7 @@ impl Server {
         self.freeze();
         self.frozen_since = frozen_before.or(Some(self.now));
         self.drop_roles_in_session();
-        // A return that could not end is taken back: its record may never be written.
-        self.pending.retain(|p| !matches!(p.step, Step::Returned { .. }));
+        self.take_return_back();
         let number = self.next_epoch_number();
         self.begin_solo_record(number);
         let generations: Vec<CopyChange> = (0..self.volumes.len())
