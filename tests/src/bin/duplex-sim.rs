@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use clap::Parser;
 use duplex_tests::sim::cover::{Cover, UNREACHABLE};
-use duplex_tests::sim::finish::{Outcome, run};
+use duplex_tests::sim::finish::{Look, Outcome, run};
 use duplex_tests::sim::mutant::Mutant;
 
 /// Seeds a mutant is given to be found in.
@@ -28,6 +28,9 @@ struct Args {
     /// Prints this many lines of the trace's end
     #[arg(long, default_value_t = 0)]
     trace: usize,
+    /// Writes the history of one block to stderr, as VOLUME:BLOCK
+    #[arg(long, value_parser = place)]
+    watch: Option<(usize, u64)>,
     /// With a deliberate bug
     #[arg(long)]
     mutant: Option<Mutant>,
@@ -39,9 +42,15 @@ struct Args {
     cover: bool,
 }
 
+fn place(text: &str) -> Result<(usize, u64), String> {
+    let (volume, block) = text.split_once(':').ok_or("write VOLUME:BLOCK")?;
+    let number = |error: std::num::ParseIntError| error.to_string();
+    Ok((volume.parse().map_err(number)?, block.parse().map_err(number)?))
+}
+
 /// A panic of the core is a finding like any other.
-fn guarded(seed: u64, mutant: Option<Mutant>, text: Option<usize>) -> Result<Outcome, String> {
-    let caught = std::panic::catch_unwind(|| run(seed, mutant, text));
+fn guarded(seed: u64, mutant: Option<Mutant>, look: Look) -> Result<Outcome, String> {
+    let caught = std::panic::catch_unwind(|| run(seed, mutant, look));
     caught.map_err(|cause| {
         let text = cause.downcast_ref::<String>().cloned();
         let text = text.or_else(|| cause.downcast_ref::<&str>().map(|text| (*text).to_owned()));
@@ -57,7 +66,12 @@ fn broken(result: &Result<Outcome, String>) -> Option<String> {
 }
 
 /// Runs the seeds on every processor; results come in any order.
-fn over_seeds(from: u64, count: u64, mutant: Option<Mutant>, take: impl Fn(u64, Result<Outcome, String>) -> bool + Sync) {
+fn over_seeds(
+    from: u64,
+    count: u64,
+    mutant: Option<Mutant>,
+    take: impl Fn(u64, Result<Outcome, String>) -> bool + Sync,
+) {
     let next = AtomicU64::new(from);
     let stop = AtomicBool::new(false);
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
@@ -69,7 +83,7 @@ fn over_seeds(from: u64, count: u64, mutant: Option<Mutant>, take: impl Fn(u64, 
                     if seed >= from + count {
                         break;
                     }
-                    if !take(seed, guarded(seed, mutant, None)) {
+                    if !take(seed, guarded(seed, mutant, Look::default())) {
                         stop.store(true, Ordering::Relaxed);
                     }
                 }
@@ -79,8 +93,8 @@ fn over_seeds(from: u64, count: u64, mutant: Option<Mutant>, take: impl Fn(u64, 
 }
 
 fn one(args: &Args, seed: u64) -> bool {
-    let text = (args.trace > 0).then_some(args.trace);
-    let result = guarded(seed, args.mutant, text);
+    let lines = (args.trace > 0).then_some(args.trace);
+    let result = guarded(seed, args.mutant, Look { lines, watch: args.watch });
     let why = broken(&result);
     if let Ok(outcome) = &result {
         for line in &outcome.tail {
@@ -88,7 +102,10 @@ fn one(args: &Args, seed: u64) -> bool {
         }
         let [reads, writes, flushes] = outcome.requests;
         let seconds = outcome.virtual_ns / 1_000_000_000;
-        println!("seed {seed}: {seconds} s, {} steps, {reads} reads, {writes} writes, {flushes} flushes", outcome.steps);
+        println!(
+            "seed {seed}: {seconds} s, {} steps, {reads} reads, {writes} writes, {flushes} flushes",
+            outcome.steps
+        );
         println!("hash={:016x}", outcome.hash);
     }
     if let Some(why) = &why {
@@ -122,7 +139,7 @@ fn many(args: &Args, count: u64) -> bool {
     }
     if let Some(seed) = failed.first() {
         println!("the end of seed {seed}:");
-        if let Ok(outcome) = guarded(*seed, args.mutant, Some(60)) {
+        if let Ok(outcome) = guarded(*seed, args.mutant, Look { lines: Some(60), watch: None }) {
             outcome.tail.iter().for_each(|line| println!("{line}"));
         }
         println!("failed seeds: {failed:?}; the same again: cargo xtask sim --seed {seed} --trace 400");
@@ -132,8 +149,15 @@ fn many(args: &Args, count: u64) -> bool {
     for name in &missing {
         println!("{} no seed reached: {name}", if asked { "FAIL" } else { "note:" });
     }
-    println!("{} kinds of thing cannot happen without a witness or a lie: {}", UNREACHABLE.len(), unreachable());
-    println!("{count} seeds, {} failed, {steps} steps, {reads} reads, {writes} writes, {flushes} flushes", failed.len());
+    println!(
+        "{} kinds of thing cannot happen without a witness or a lie: {}",
+        UNREACHABLE.len(),
+        unreachable()
+    );
+    println!(
+        "{count} seeds, {} failed, {steps} steps, {reads} reads, {writes} writes, {flushes} flushes",
+        failed.len()
+    );
     failed.is_empty() && !(asked && !missing.is_empty())
 }
 

@@ -76,7 +76,9 @@ impl World {
         let limit = budget.allowed_bytes + budget.allowed_bytes / 20 + SLACK_BYTES;
         if budget.sent_bytes > limit {
             let (sent, allowed) = (budget.sent_bytes, budget.allowed_bytes);
-            self.fail(format!("P5: the resync of volume {volume} sent {sent} bytes where {allowed} were marked"));
+            self.fail(format!(
+                "P5: the resync of volume {volume} sent {sent} bytes where {allowed} were marked"
+            ));
         }
     }
 
@@ -116,8 +118,10 @@ impl World {
             .filter_map(duplex_core::mirror::Volume::copy)
             .collect();
         let [a, b] = copies[..] else { return false };
-        let known = |x: &duplex_core::format::record::CopyRecord, y: &duplex_core::format::record::CopyRecord| {
-            x.generation == y.generation || (x.base == y.generation && x.history.first() == Some(&y.generation))
+        let known = |x: &duplex_core::format::record::CopyRecord,
+                     y: &duplex_core::format::record::CopyRecord| {
+            x.generation == y.generation
+                || (x.base == y.generation && x.history.first() == Some(&y.generation))
         };
         known(a, b) || known(b, a)
     }
@@ -180,7 +184,8 @@ impl World {
         if live == before {
             return;
         }
-        self.trace.step(self.now, [14, host as u64, live as u64], || format!("{host} is {live:?}, was {before:?}"));
+        self.trace
+            .step(self.now, [14, host as u64, live as u64], || format!("{host} is {live:?}, was {before:?}"));
         self.cover.hit(&format!("state {live:?}"));
         let mut holders = [true; 2];
         match (before, live) {

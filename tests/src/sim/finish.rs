@@ -37,10 +37,20 @@ pub struct Outcome {
     pub tail: Vec<String>,
 }
 
+/// How a run is looked at.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Look {
+    /// Keep so many lines of text.
+    pub lines: Option<usize>,
+    /// Write the history of this block (volume, block) to stderr.
+    pub watch: Option<(usize, u64)>,
+}
+
 /// Runs one seed to its end.
-pub fn run(seed: u64, mutant: Option<Mutant>, text: Option<usize>) -> Outcome {
-    let mut world = World::new(seed, mutant, text.is_some());
-    world.trace.keep(text.unwrap_or(0));
+pub fn run(seed: u64, mutant: Option<Mutant>, look: Look) -> Outcome {
+    let mut world = World::new(seed, mutant, look.lines.is_some());
+    world.trace.keep(look.lines.unwrap_or(0));
+    world.oracle.watch = look.watch;
     world.activate();
     if world.broken.is_none() {
         world.trouble();
@@ -158,9 +168,10 @@ impl World {
         let process = self.machines[1 - host].process.as_ref();
         process.is_some_and(|process| {
             process.server.live().is_alone()
-                && process.volumes.iter().all(|t| {
-                    t.machine.copy_state() == Some(duplex_core::format::record::CopyState::UpToDate)
-                })
+                && process
+                    .volumes
+                    .iter()
+                    .all(|t| t.machine.copy_state() == Some(duplex_core::format::record::CopyState::UpToDate))
         })
     }
 

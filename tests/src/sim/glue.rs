@@ -108,12 +108,14 @@ impl World {
                 ServerAction::CloseSession(session) => {
                     if process.session == Some(session) {
                         process.session = None;
-                        self.trace.step(self.now, [11, host as u64, 0], || format!("{host} closes the session"));
+                        self.trace
+                            .step(self.now, [11, host as u64, 0], || format!("{host} closes the session"));
                         self.leave_session(host, true, "closed by the peer");
                     }
                 }
                 ServerAction::Answer(token, result) => {
-                    self.trace.step(self.now, [12, host as u64, token.0], || format!("{host} answers {result:?}"));
+                    self.trace
+                        .step(self.now, [12, host as u64, token.0], || format!("{host} answers {result:?}"));
                     self.answers.insert(token, result.map_err(|refusal| refusal.code.to_owned()));
                 }
                 ServerAction::Event(event) => self.on_event(host, &event),
@@ -153,8 +155,15 @@ impl World {
                 Order::Return { .. } => {
                     thread.serving = thread.serving.map(|(_, epoch)| (ServeMode::Alone, epoch));
                 }
-                Order::Close | Order::Drain { .. } | Order::Freeze | Order::Leave | Order::Fail { .. }
-                | Order::Record { .. } | Order::Join { .. } | Order::Pace(_) | Order::MarkAll => {}
+                Order::Close
+                | Order::Drain { .. }
+                | Order::Freeze
+                | Order::Leave
+                | Order::Fail { .. }
+                | Order::Record { .. }
+                | Order::Join { .. }
+                | Order::Pace(_)
+                | Order::MarkAll => {}
             }
         }
         if let Order::Join { part: Part::Source(plan), resume, .. } = &order {
@@ -291,7 +300,8 @@ impl World {
             thread.buffers.fill(*buffer, pages);
         }
         let numbers = outcome_numbers(&finished.outcome);
-        self.trace.step(self.now, [22, id, numbers], || format!("{host}.{volume} disk {id:x} ends {numbers}"));
+        self.trace
+            .step(self.now, [22, id, numbers], || format!("{host}.{volume} disk {id:x} ends {numbers}"));
         self.volume_input(host, volume, VolumeInput::Disk(core_id, finished.outcome));
     }
 
@@ -455,7 +465,9 @@ impl World {
 
     fn cover_order(&mut self, order: &Order) {
         match order {
-            Order::Record { change: CopyChange::NewGeneration { .. }, .. } => self.cover.hit("G4 solo record"),
+            Order::Record { change: CopyChange::NewGeneration { .. }, .. } => {
+                self.cover.hit("G4 solo record")
+            }
             Order::Record { change: CopyChange::Target { .. }, .. } => self.cover.hit("G5 target record"),
             Order::Return { .. } => self.cover.hit("G6.3 return"),
             Order::Join { resume: true, .. } => self.cover.hit("W2 resume"),

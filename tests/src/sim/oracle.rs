@@ -84,6 +84,8 @@ pub struct Oracle {
     next: Ticket,
     /// The newest epoch something completed in, with its holder.
     fence: (u64, Host),
+    /// A block whose history is written to stderr.
+    pub watch: Option<(usize, u64)>,
     /// Reads compared.
     pub reads: u64,
     /// Writes and zeroes completed.
@@ -95,6 +97,12 @@ pub struct Oracle {
 }
 
 impl Oracle {
+    fn show(&self, what: &str) {
+        let Some(block) = self.watch.and_then(|place| self.blocks.get(&place)) else { return };
+        let each = block.line.iter().map(|v| format!("{}{} {:?}", v.stamp, mark(v), v.fate));
+        eprintln!("{what}: {}", each.collect::<Vec<_>>().join(" | "));
+    }
+
     fn ticket(&mut self) -> Ticket {
         self.next += 1;
         self.next
@@ -109,8 +117,12 @@ impl Oracle {
         let ticket = self.ticket();
         for (place, at) in (0..).zip(&blocks) {
             let stamp = if stamp == 0 { 0 } else { stamp + place };
-            let version = Version { ticket, stamp, fate: Fate::Flying, stable: false, power_lost: [false; 2] };
+            let version =
+                Version { ticket, stamp, fate: Fate::Flying, stable: false, power_lost: [false; 2] };
             self.block(volume, *at).line.push(version);
+        }
+        if self.watch.is_some_and(|(v, at)| v == volume && blocks.contains(&at)) {
+            self.show("asked");
         }
         self.asked.insert(ticket, Asked::Write { volume, blocks, fua });
         ticket
@@ -185,18 +197,25 @@ impl Oracle {
                 self.writes += 1;
                 for at in blocks {
                     self.written(volume, at, ticket, holders, fua);
+                    if self.watch == Some((volume, at)) {
+                        self.show(&format!("written by {host}"));
+                    }
                 }
                 Ok(())
             }
             Some(Asked::Flush { volume, covers }) => {
                 self.flushes += 1;
                 self.settle(volume, &covers);
+                self.show("flushed");
                 Ok(())
             }
             Some(Asked::Read { volume, first, starts }) => {
                 self.reads += 1;
                 for ((at, start), stamp) in (first..).zip(starts).zip(content) {
                     self.returned(volume, at, &start, *stamp, (host, holders))?;
+                    if self.watch == Some((volume, at)) {
+                        self.show(&format!("{stamp:?} read at {host}"));
+                    }
                 }
                 Ok(())
             }
@@ -223,12 +242,6 @@ impl Oracle {
         let Some(place) = block.line.iter().position(|version| version.ticket == ticket) else { return };
         block.line[place].fate = Fate::Done { holders };
         block.line[place].stable |= fua;
-        // Older ones that were never answered were overwritten in order.
-        let mut at = 0;
-        block.line.retain(|version| {
-            at += 1;
-            at > place || matches!(version.fate, Fate::Done { .. })
-        });
         block.trim();
     }
 
@@ -295,6 +308,7 @@ impl Oracle {
             }
         }
         self.losable += losable;
+        self.show(&format!("server {host} lost power"));
     }
 
     /// Everything completed so far is stable on every copy that counts: a solo run began (G4) or was given
@@ -310,6 +324,7 @@ impl Oracle {
             }
             block.trim();
         }
+        self.show(&format!("all stable on {holders:?}"));
     }
 
     /// Every block that was ever asked for, with what both copies may hold now.
@@ -403,7 +418,9 @@ mod tests {
         let mut oracle = Oracle::default();
         let first = oracle.flush(0);
         oracle.complete(first, 0, 3, BOTH, &[]).unwrap();
-        for (host, epoch, fine) in [(1, 3, false), (1, 2, false), (0, 3, true), (0, 2, true), (1, 4, true), (0, 3, false)] {
+        for (host, epoch, fine) in
+            [(1, 3, false), (1, 2, false), (0, 3, true), (0, 2, true), (1, 4, true), (0, 3, false)]
+        {
             let ticket = oracle.flush(0);
             assert_eq!(oracle.complete(ticket, host, epoch, BOTH, &[]).is_ok(), fine, "{host} {epoch}");
         }

@@ -192,7 +192,9 @@ impl World {
         let last = first + self.rng.below(3);
         let faults = &mut self.machines[host].disks[volume].faults;
         faults.push(disk::Fault { first, last, read: true, write: false });
-        self.trace.step(self.now, [8, host as u64, first], || format!("{host}.{volume} {first}..={last} unreadable"));
+        self.trace.step(self.now, [8, host as u64, first], || {
+            format!("{host}.{volume} {first}..={last} unreadable")
+        });
     }
 
     fn command(&mut self, host: Host, fault: Fault) {

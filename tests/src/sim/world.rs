@@ -146,7 +146,9 @@ impl World {
         let instance = self.rng.wide();
         let disk = &mut self.machines[host].disks[volume];
         *disk = Disk::default();
-        for (offset_bytes, bytes) in super::create::blank(self.profile.volumes[volume].size_bytes, boot_id, instance) {
+        for (offset_bytes, bytes) in
+            super::create::blank(self.profile.volumes[volume].size_bytes, boot_id, instance)
+        {
             disk.format(offset_bytes, &bytes);
         }
     }
@@ -357,7 +359,9 @@ impl World {
         self.trace.step(self.now, [3, 0, 0], || format!("session {:x}", id.0 >> 100));
         let first = self.rng.index(2);
         for host in [first, 1 - first] {
-            let Some(peer) = self.machines[1 - host].process.as_ref().map(|p| p.incarnation) else { continue };
+            let Some(peer) = self.machines[1 - host].process.as_ref().map(|p| p.incarnation) else {
+                continue;
+            };
             let life = self.machines[host].life;
             self.input(host, life, Inbox::Up(id, peer));
         }
