@@ -126,6 +126,11 @@ impl Server {
         if !self.all_up_to_date() {
             return self.answer(token, refuse("not-up-to-date", self.why_not_current()));
         }
+        // The role is on its way to the peer: asking for it now would make two of one hand-over.
+        if self.is_pending(|step| matches!(step, Step::HandedOver { .. } | Step::Demoted { .. })) {
+            let text = "this server is giving its role up; try again in a moment".to_owned();
+            return self.answer(token, refuse("not-now", text));
+        }
         let phase = self.session.as_ref().map(|s| (s.phase.clone(), s.peer_primary));
         match phase {
             Some((Phase::Mirrored, true)) => {
