@@ -108,6 +108,8 @@ impl World {
     /// Everything is healed; the operator helps if nobody serves. Then both copies must be equal.
     fn recover(&mut self) {
         self.script.over = true;
+        // A pause typed on one server may not have reached the other: both are told to go on.
+        self.script.paused = true;
         self.link.passes = [false; 2];
         self.heal(0);
         self.heal(1);
