@@ -53,7 +53,7 @@ impl World {
     pub fn client_acts(&mut self, volume: usize) {
         let think = self.profile.volumes[volume].think_ns;
         let pause = self.rng.between(think / 8, think * 2);
-        self.plan(self.now + pause, Event::Client { volume });
+        self.plan(self.now + pause, Event::Client(volume));
         if self.clients.quiet || self.now < self.clients.quiet_until {
             return;
         }

@@ -12,15 +12,14 @@ pub struct Cover {
 }
 
 /// Rules that no run can reach as long as the operator does not lie and there is no witness, and why.
-pub const UNREACHABLE: [(&str, &str); 8] = [
+pub const UNREACHABLE: [(&str, &str); 7] = [
     ("decide foreign", "both disks belong to the pair; its row test covers it"),
-    ("decide unsettled", "there is no register to ask"),
     ("decide unreturned-solo", "only force leads here"),
     ("decide both-active", "needs an operator who calls a living peer dead"),
     ("decide diverged", "needs an operator who calls a living peer dead"),
     ("decide unrelated", "needs a foreign disk or seventeen generations apart"),
     ("decide newer-unusable", "the newer copy is the source until the older one adopted it"),
-    ("state granted-and-kept", "a grant is used at once without a register"),
+    ("state SyncTail", "the last adoption and the return are one step without a register"),
 ];
 
 /// What a multi-seed run must reach.

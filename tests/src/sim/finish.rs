@@ -75,7 +75,7 @@ impl World {
     fn activate(&mut self) {
         for host in 0..2 {
             let at = self.rng.below(300 * MS);
-            self.plan(at, Event::Start { host });
+            self.plan(at, Event::Start(host));
         }
         self.plan(0, Event::Connect);
         let host = self.rng.index(2);
@@ -96,7 +96,7 @@ impl World {
 
     fn trouble(&mut self) {
         for volume in 0..self.profile.volumes.len() {
-            self.plan(self.now, Event::Client { volume });
+            self.plan(self.now, Event::Client(volume));
         }
         // Often the first copy ends before the trouble begins, sometimes it does not.
         let calm = self.rng.weighted(&[(1, 0), (2, 1500), (2, 4000)]).unwrap_or(0);
@@ -149,7 +149,7 @@ impl World {
     fn mend(&mut self) {
         for host in 0..2 {
             if self.machines[host].process.is_none() && !self.machines[host].restart_planned {
-                self.plan(self.now, Event::Start { host });
+                self.plan(self.now, Event::Start(host));
             }
         }
         if self.script.paused && self.rng.chance(300) {
@@ -186,7 +186,7 @@ impl World {
             }
         }
         self.script.failed[host] = false;
-        self.plan(self.now + 100 * MS, Event::Start { host });
+        self.plan(self.now + 100 * MS, Event::Start(host));
     }
 
     /// Mirrored, nothing under way, nothing marked.

@@ -15,7 +15,7 @@ use super::mutant::Mutant;
 use super::oracle::Host;
 use super::page::{self, PAGE_BYTES, Page};
 use super::wire;
-use super::world::{Event, MS, World};
+use super::world::{Event, Life, MS, World};
 
 impl World {
     /// Gives an input to a process of this life, or keeps it while the process is stopped.
@@ -102,7 +102,7 @@ impl World {
                     let volume = usize::from(index.0);
                     self.cover_order(&order);
                     let due = self.hop(host, volume, true);
-                    self.plan(due, Event::Order { host, life, volume, order: Box::new(order) });
+                    self.plan(due, Event::Input(Life { host, life }, Inbox::Order(volume, Box::new(order))));
                 }
                 ServerAction::Send(session, message) => self.send_control(host, session, &message),
                 ServerAction::CloseSession(session) => {
@@ -121,13 +121,13 @@ impl World {
                 ServerAction::Event(event) => self.on_event(host, &event),
                 ServerAction::SaveBlocks => {
                     let due = self.now + self.rng.between(1, 20) * MS;
-                    self.plan(due, Event::Saved { host, life });
+                    self.plan(due, Event::Input(Life { host, life }, Inbox::Saved));
                 }
                 ServerAction::Exit => {
                     self.end(host, None);
                     let due = self.now + self.rng.between(100, 3000) * MS;
                     self.machines[host].restart_planned = true;
-                    self.plan(due, Event::Start { host });
+                    self.plan(due, Event::Start(host));
                     return;
                 }
             }
@@ -212,7 +212,10 @@ impl World {
                     self.cover_report(host, volume, &report);
                     let life = self.machines[host].life;
                     let due = self.hop(host, volume, false);
-                    self.plan(due, Event::Report { host, life, volume, report: Box::new(report) });
+                    self.plan(
+                        due,
+                        Event::Input(Life { host, life }, Inbox::Report(volume, Box::new(report))),
+                    );
                 }
                 VolumeAction::Exposure(exposure) => {
                     if let Some(process) = &mut self.machines[host].process {
@@ -266,7 +269,7 @@ impl World {
                 if thread.disk.insert(id, pending).is_some() {
                     return self.fail(format!("{host}.{volume} uses the name {id:x} for two operations"));
                 }
-                self.plan(self.now + delay, Event::Disk { host, life, volume, id });
+                self.plan(self.now + delay, Event::Input(Life { host, life }, Inbox::Disk(volume, id)));
             }
             Err(why) => self.fail(format!("W1: {host}.{volume}: {why}")),
         }
@@ -329,9 +332,17 @@ impl World {
         let Some((mode, epoch)) = serving else {
             return self.fail(format!("{host}.{volume} completes {id:?} and was never told to serve"));
         };
+        let shown = self.clock(host);
+        let lease = self.machines[host].process.as_ref().map_or(shown, |p| p.server.lease_until());
         let mut holders = [true; 2];
-        if mode == ServeMode::Alone {
-            holders[1 - host] = false;
+        match mode {
+            ServeMode::Alone => holders[1 - host] = false,
+            ServeMode::Mirrored if shown >= lease => {
+                return self.fail(format!(
+                    "W4: {host}.{volume} completes {id:?} at {shown:?}, its lease was {lease:?}"
+                ));
+            }
+            ServeMode::Mirrored => {}
         }
         if let Err(why) = self.oracle.complete(asked.ticket, host, epoch, holders, &content) {
             self.fail(format!("{why} (server {host}, {mode:?}, epoch {epoch})"));
@@ -339,6 +350,9 @@ impl World {
     }
 
     fn send_control(&mut self, host: Host, session: SessionId, message: &ControlMessage) {
+        if let ControlMessage::Hello(hello) = message {
+            self.on_hello(host, hello);
+        }
         self.cover_control(message);
         let quiet = matches!(message, ControlMessage::Heartbeat { .. });
         if !quiet {
@@ -383,7 +397,7 @@ impl World {
 
     fn post(&mut self, from: Host, session: SessionId, channel: usize, parcel: Parcel) {
         if let Some(due) = self.link.send(self.now, from, session, channel, parcel, &mut self.rng) {
-            self.plan(due, Event::Arrive { from, channel });
+            self.plan(due, Event::Arrive(from, channel));
         }
     }
 

@@ -23,3 +23,6 @@ pub mod script;
 pub mod trace;
 pub mod wire;
 pub mod world;
+
+#[cfg(test)]
+mod tests;

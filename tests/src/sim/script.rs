@@ -166,7 +166,7 @@ impl World {
             self.machines[host].restart_planned = true;
             let pause = self.rng.weighted(&[(2, 150), (2, 1500), (1, 6000)]).unwrap_or(150);
             let at = self.now + self.rng.between(20, pause) * MS;
-            self.plan(at, Event::Start { host });
+            self.plan(at, Event::Start(host));
         }
     }
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use duplex_core::ids::{BootId, Incarnation, ServerName, SessionId, VolumeIndex};
 use duplex_core::limits::{COPY_CHUNK_BYTES, COPY_CHUNKS_MAX};
-use duplex_core::message::LiveState;
+use duplex_core::message::{Hello, LiveState};
 use duplex_core::mirror::api::{Exposure, Input as VolumeInput, Order, Report};
 use duplex_core::mirror::{Volume, VolumeConfig};
 use duplex_core::pair::Server;
@@ -28,33 +28,36 @@ use super::trace::Trace;
 /// Nanoseconds of a millisecond.
 pub const MS: u64 = 1_000_000;
 
+/// Which life of which machine's daemon an event is for; later ones drop it.
+#[derive(Clone, Copy, Debug)]
+pub struct Life {
+    /// The machine.
+    pub host: Host,
+    /// Its daemon's number.
+    pub life: u64,
+}
+
 /// Something that will happen.
 #[derive(Debug)]
 pub enum Event {
-    /// A disk operation ends.
-    Disk { host: Host, life: u64, volume: usize, id: u64 },
-    /// An order reaches its volume.
-    Order { host: Host, life: u64, volume: usize, order: Box<Order> },
-    /// A report reaches the server machine.
-    Report { host: Host, life: u64, volume: usize, report: Box<Report> },
-    /// Something arrives.
-    Arrive { from: Host, channel: usize },
+    /// This reaches a daemon.
+    Input(Life, Inbox),
+    /// Something arrives from a host on a channel.
+    Arrive(Host, usize),
     /// Time for a process.
-    Wake { host: Host, life: u64 },
+    Wake(Life),
     /// A stopped process goes on.
-    Continue { host: Host, life: u64 },
+    Continue(Life),
     /// The link tries to get a session.
     Connect,
     /// A client of this volume acts.
-    Client { volume: usize },
+    Client(usize),
     /// The script acts.
     Script,
     /// A daemon is started.
-    Start { host: Host },
-    /// A direction of the link passes again.
-    Heal { from: Host, ticket: u64 },
-    /// Save blocks: done.
-    Saved { host: Host, life: u64 },
+    Start(Host),
+    /// The direction from a host passes again, unless a newer cut than this one holds.
+    Heal(Host, u64),
 }
 
 /// Everything.
@@ -91,6 +94,8 @@ pub struct World {
     next_token: u64,
     /// Copy payload sent in the current session, and the blocks marked when it began.
     pub resync: super::check::ResyncBudget,
+    /// The newest hellos of the current session.
+    pub hellos: [Option<Hello>; 2],
     /// Cuts of a direction, so that an older heal does not end a newer cut.
     pub cuts: [u64; 2],
 }
@@ -128,6 +133,7 @@ impl World {
             answers: BTreeMap::new(),
             next_token: 0,
             resync: super::check::ResyncBudget::default(),
+            hellos: [None, None],
             cuts: [0; 2],
             profile,
             rng,
@@ -175,24 +181,19 @@ impl World {
 
     fn happen(&mut self, event: Event) {
         match event {
-            Event::Disk { host, life, volume, id } => self.input(host, life, Inbox::Disk(volume, id)),
-            Event::Order { host, life, volume, order } => self.input(host, life, Inbox::Order(volume, order)),
-            Event::Report { host, life, volume, report } => {
-                self.input(host, life, Inbox::Report(volume, report));
-            }
-            Event::Arrive { from, channel } => self.arrive(from, channel),
-            Event::Wake { host, life } => self.wake(host, life),
-            Event::Continue { host, life } => self.go_on(host, life),
+            Event::Input(to, input) => self.input(to.host, to.life, input),
+            Event::Arrive(from, channel) => self.arrive(from, channel),
+            Event::Wake(to) => self.wake(to.host, to.life),
+            Event::Continue(to) => self.go_on(to.host, to.life),
             Event::Connect => self.connect(),
-            Event::Client { volume } => self.client_acts(volume),
+            Event::Client(volume) => self.client_acts(volume),
             Event::Script => self.script_acts(),
-            Event::Start { host } => self.start(host),
-            Event::Heal { from, ticket } => {
+            Event::Start(host) => self.start(host),
+            Event::Heal(from, ticket) => {
                 if self.cuts[from] == ticket {
                     self.heal(from);
                 }
             }
-            Event::Saved { host, life } => self.input(host, life, Inbox::Saved),
         }
     }
 
@@ -326,7 +327,7 @@ impl World {
         if tell {
             let parcel = Parcel::Closed(why.to_owned());
             if let Some(due) = self.link.send(self.now, host, id, 0, parcel, &mut self.rng) {
-                self.plan(due, Event::Arrive { from: host, channel: 0 });
+                self.plan(due, Event::Arrive(host, 0));
             }
         }
         self.link.retry_at = self.link.retry_at.max(self.now + 100 * MS);
@@ -349,11 +350,13 @@ impl World {
         if let Some(old) = self.link.session.take() {
             for host in 0..2 {
                 if old.open[host] {
+                    self.cover.hit("G8 new incarnation");
                     let life = self.machines[host].life;
                     self.input(host, life, Inbox::Down(old.id, "the peer connected anew".to_owned()));
                 }
             }
         }
+        self.hellos = [None, None];
         let id = SessionId(self.rng.wide());
         self.link.open(id);
         self.trace.step(self.now, [3, 0, 0], || format!("session {:x}", id.0 >> 100));
@@ -373,7 +376,7 @@ impl World {
         self.cuts[from] += 1;
         let ticket = self.cuts[from];
         self.trace.step(self.now, [4, from as u64, until], || format!("the link from {from} is cut"));
-        self.plan(until, Event::Heal { from, ticket });
+        self.plan(until, Event::Heal(from, ticket));
     }
 
     /// A direction passes again.
@@ -386,7 +389,7 @@ impl World {
         for channel in 0..self.link.channels() {
             if let Some(due) = self.link.next_due(from, channel) {
                 let due = due.max(self.now + self.rng.below(2 * MS));
-                self.plan(due, Event::Arrive { from, channel });
+                self.plan(due, Event::Arrive(from, channel));
             }
         }
     }
@@ -397,7 +400,7 @@ impl World {
         if let Some(process) = &mut self.machines[host].process {
             process.stopped_until = process.stopped_until.max(until);
             self.trace.step(self.now, [6, host as u64, until], || format!("{host} is stopped for a while"));
-            self.plan(until, Event::Continue { host, life });
+            self.plan(until, Event::Continue(Life { host, life }));
         }
     }
 
@@ -461,7 +464,7 @@ impl World {
         let at = at.max(now);
         if at < process.wake_at {
             process.wake_at = at;
-            self.plan(at, Event::Wake { host, life });
+            self.plan(at, Event::Wake(Life { host, life }));
         }
     }
 
