@@ -55,7 +55,7 @@ struct Writing {
 pub(super) struct Recording {
     queue: VecDeque<Job>,
     writing: Option<Box<Writing>>,
-    /// A record that may be written only once its marks are durable.
+    /// A record that may be written only once its marks are durable, or the old log is quiet.
     marking: Option<Box<Job>>,
     slot: u8,
     next_counter: u64,
@@ -121,14 +121,21 @@ impl Volume {
     /// The next record that may be written now.
     fn next_job(&mut self) -> Option<Job> {
         let log = self.log.as_mut()?;
+        // A new log begins with an identity: what the old one has under way ends first.
+        let log_is_busy = self.log_slots.iter().any(Option::is_some);
+        let begins_log = |job: &Job| matches!(job.change, CopyChange::Identity { .. });
         if let Some(job) = self.recording.marking.take() {
-            if log.merges_durable() {
+            if log.merges_durable() && !(log_is_busy && begins_log(&job)) {
                 return Some(*job);
             }
             self.recording.marking = Some(job);
             return None;
         }
         let job = self.recording.queue.pop_front()?;
+        if log_is_busy && begins_log(&job) {
+            self.recording.marking = Some(Box::new(job));
+            return None;
+        }
         if matches!(job.change, CopyChange::Surrender { full: true, .. }) {
             log.set_all();
             if !log.merges_durable() {
