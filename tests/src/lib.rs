@@ -2,4 +2,3 @@
 
 pub mod cases;
 pub mod lab;
-pub mod sim;

@@ -83,9 +83,8 @@ impl World {
             self.run_until(self.now + LOOK_NS);
             let Some(token) = self.operate(host, Operator::Activate) else { continue };
             self.run_until(self.now + 500 * MS);
-            match self.answers.get(&token) {
-                Some(Ok(_)) => return,
-                Some(Err(_)) | None => {}
+            if self.answers.get(&token).is_some_and(Result::is_ok) {
+                return;
             }
         }
         if self.broken.is_none() {
@@ -153,10 +152,8 @@ impl World {
             }
         }
         if self.script.paused && self.rng.chance(300) {
-            self.script.paused = false;
-            for host in 0..2 {
-                self.operate(host, Operator::Resync(Pace::Resume));
-            }
+            let told = (0..2).filter(|host| self.operate(*host, Operator::Resync(Pace::Resume)).is_some());
+            self.script.paused = told.count() < 2;
         }
         for host in 0..2 {
             if self.script.failed[host] && self.other_serves(host) {

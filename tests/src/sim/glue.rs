@@ -447,16 +447,13 @@ impl World {
         {
             bits.fill(0);
         }
-        let buffer = match &message {
-            VolumeMessage::Read { range, .. } => {
-                let count = usize::try_from(range.length_bytes).unwrap_or(0).div_ceil(PAGE_BYTES);
-                self.thread_buffers(host, volume, |buffers| buffers.put(vec![None; count]))
-            }
-            other if other.payload_bytes() > 0 => {
-                self.thread_buffers(host, volume, |buffers| buffers.put(pages))
-            }
-            _ => None,
+        // What is to be read needs room for the answer; a payload arrives in a buffer of its own.
+        let room = if let VolumeMessage::Read { range, .. } = &message {
+            Some(vec![None; usize::try_from(range.length_bytes).unwrap_or(0).div_ceil(PAGE_BYTES)])
+        } else {
+            (message.payload_bytes() > 0).then_some(pages)
         };
+        let buffer = room.and_then(|pages| self.thread_buffers(host, volume, |buffers| buffers.put(pages)));
         self.volume_input(host, volume, VolumeInput::Message(session, message, buffer));
     }
 
@@ -499,32 +496,35 @@ impl World {
     }
 
     fn cover_report(&mut self, host: Host, volume: usize, report: &Report) {
-        match report {
-            Report::Loaded(facts) => {
-                if facts.copy.unproven {
-                    self.cover.hit("G10 unproven");
-                } else if facts.server.was_primary && !facts.server.clean && facts.replayed_extents == 0 {
-                    self.cover.hit("G10 settled primary keeps its word");
-                }
-                if facts.server.era.is_solo() {
-                    self.cover.hit("T2 solo restart");
-                }
+        if let Report::Loaded(facts) = report {
+            if facts.copy.unproven {
+                self.cover.hit("G10 unproven");
+            } else if facts.server.was_primary && !facts.server.clean && facts.replayed_extents == 0 {
+                self.cover.hit("G10 settled primary keeps its word");
             }
-            Report::Adopted { .. } => self.cover.hit("G6.2 adopted"),
-            Report::CopyFailed { .. } => self.cover.hit("G12 copy failed"),
-            Report::Unusable { code, text } if !self.machines[host].disks[volume].dead => {
-                let why = format!("server {host} cannot use its metadata: {code}: {text}");
-                self.fail(why);
+            if facts.server.era.is_solo() {
+                self.cover.hit("T2 solo restart");
             }
-            _ => {}
+        }
+        if matches!(report, Report::Adopted { .. }) {
+            self.cover.hit("G6.2 adopted");
+        }
+        if matches!(report, Report::CopyFailed { .. }) {
+            self.cover.hit("G12 copy failed");
+        }
+        if let Report::Unusable { code, text } = report
+            && !self.machines[host].disks[volume].dead
+        {
+            self.fail(format!("server {host} cannot use its metadata: {code}: {text}"));
         }
     }
 
     fn cover_control(&mut self, message: &ControlMessage) {
-        match message {
-            ControlMessage::HandedOver { .. } => self.cover.hit("G9 handed over"),
-            ControlMessage::Mirrored { .. } => self.cover.hit("G6.5 mirrored"),
-            _ => {}
+        if matches!(message, ControlMessage::HandedOver { .. }) {
+            self.cover.hit("G9 handed over");
+        }
+        if matches!(message, ControlMessage::Mirrored { .. }) {
+            self.cover.hit("G6.5 mirrored");
         }
     }
 

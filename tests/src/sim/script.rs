@@ -218,7 +218,18 @@ impl World {
                 let volume = VolumeIndex(u16::try_from(volume).unwrap_or(0));
                 self.say(host, "operator full-copy", Operator::FullCopy { volume, target });
             }
-            _ => {}
+            Fault::PromotePeerIsDown
+            | Fault::Cut
+            | Fault::OneWay
+            | Fault::Blip
+            | Fault::Kill
+            | Fault::PowerCut
+            | Fault::BothPowerCut
+            | Fault::BothKilled
+            | Fault::Pause
+            | Fault::BadBlocks
+            | Fault::DiskDies
+            | Fault::Quiet => {}
         }
     }
 

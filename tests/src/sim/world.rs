@@ -6,7 +6,7 @@ use std::time::Duration;
 use duplex_core::ids::{BootId, Incarnation, ServerName, SessionId, VolumeIndex};
 use duplex_core::limits::{COPY_CHUNK_BYTES, COPY_CHUNKS_MAX};
 use duplex_core::message::{Hello, LiveState};
-use duplex_core::mirror::api::{Exposure, Input as VolumeInput, Order, Report};
+use duplex_core::mirror::api::{Exposure, Input as VolumeInput};
 use duplex_core::mirror::{Volume, VolumeConfig};
 use duplex_core::pair::Server;
 use duplex_core::pair::api::{Input as ServerInput, Operator, OperatorToken, ServerConfig};
