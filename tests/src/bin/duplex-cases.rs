@@ -121,6 +121,11 @@ fn run(case: &Case, sabotage: bool) -> Result<Verdict> {
 
 /// The child's side: runs the case, prints why it failed in one line, and what a person needs to see on standard error.
 fn play(case: &Case, sabotage: bool) -> ExitCode {
+    // A runner that is ended takes its case along, and that its servers.
+    if let Err(error) = rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))
+    {
+        eprintln!("duplex-cases: {error}");
+    }
     let mut stage = Stage::new(sabotage);
     let played = stage.play(case);
     if let Err(error) = &played {

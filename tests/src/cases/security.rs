@@ -182,6 +182,7 @@ fn listening_surface(stage: &mut Stage) -> Result<()> {
     let options = PairOptions { volume_lines: lines.to_owned(), paths: 2, ..PairOptions::default() };
     let pair = stage.pair(options)?;
     pair.start_mirrored()?;
+    let mut listening = 0;
     for (server, host) in [(&pair.alpha, 1), (&pair.beta, 2)] {
         let table = server.network().run(&["ss", "-Hltun"])?;
         let open: Vec<&str> = table.lines().filter_map(|line| line.split_whitespace().nth(4)).collect();
@@ -193,8 +194,9 @@ fn listening_surface(stage: &mut Stage) -> Result<()> {
                 server.name()
             );
         }
-        ensure!(!open.is_empty(), "{} does not listen on its link", server.name());
+        listening += open.len();
     }
+    ensure!(listening > 0, "nobody listens on the mirror link: this case looks at the wrong place");
     Ok(())
 }
 

@@ -48,7 +48,8 @@ fn collect(directory: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
         let kind = entry.file_type()?;
         let name = entry.file_name();
         if kind.is_dir() {
-            if name != "target" && name != ".git" {
+            // Cargo tags its target directories, wherever they are.
+            if name != "target" && name != ".git" && !entry.path().join("CACHEDIR.TAG").exists() {
                 collect(&entry.path(), files)?;
             }
         } else if kind.is_file() && name != "Cargo.lock" && name != ".git" {
