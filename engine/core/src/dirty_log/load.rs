@@ -131,7 +131,11 @@ impl DirtyLog {
             }
             self.pump_retiring();
         }
-        if self.extents.is_empty() {
+    }
+
+    /// The replay ends when every extent of the last life left into the map.
+    pub(super) fn finish_load(&mut self) {
+        if self.extents.is_empty() && self.loading.as_ref().is_some_and(|loading| loading.merging) {
             self.loading = None;
         }
     }

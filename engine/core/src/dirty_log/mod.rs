@@ -283,6 +283,7 @@ impl DirtyLog {
         self.pump_clears();
         self.pump_map();
         self.pump_log();
+        self.finish_load();
     }
 
     /// Blocks of the volume.

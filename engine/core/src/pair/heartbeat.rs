@@ -88,6 +88,8 @@ impl Server {
         }
         let frozen = self.now >= self.lease_until;
         match (frozen, self.frozen_since) {
+            // A fresh primary has no promise yet: that is no freeze.
+            (true, None) if self.now.since(self.in_step_since) < self.config.freeze => {}
             (true, None) => {
                 self.frozen_since = Some(self.now);
                 let heard_ms = self.now.since(self.last_heard).as_millis();

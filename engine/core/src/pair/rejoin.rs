@@ -32,6 +32,7 @@ impl Server {
             epoch = Epoch { number: self.next_epoch_number(), holder: Some(self.config.name.clone()) };
             self.record.last_primary = epoch.number;
             self.serving = Serving::Returning;
+            self.in_step_since = self.now;
         }
         self.record.epoch_seen = epoch.clone();
         self.era_before_return = self.record.era;

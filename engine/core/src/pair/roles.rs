@@ -46,6 +46,7 @@ impl Server {
         }
         self.join_in_step(true);
         self.serving = Serving::Mirrored;
+        self.in_step_since = self.now;
         self.serve_mirrored();
         self.send(ControlMessage::Primary { epoch: epoch.clone() });
         self.beat_now();

@@ -83,6 +83,8 @@ pub struct Server {
     pub(super) last_heard: Instant,
     /// When the peer was last heard while both were in step: from here a lost peer's silence counts.
     pub(super) in_step_heard: Instant,
+    /// When this server began to serve by both copies.
+    pub(super) in_step_since: Instant,
     /// The newest epoch the peer spoke of.
     pub(super) peer_epoch: Epoch,
     /// Since when a primary without a session waits for its peer.
@@ -122,6 +124,7 @@ impl Server {
             lease_until: Instant::default(),
             last_heard: Instant::default(),
             in_step_heard: Instant::default(),
+            in_step_since: Instant::default(),
             peer_epoch: Epoch::never(),
             frozen_since: None,
             eligible: false,
@@ -188,9 +191,7 @@ impl Server {
     /// A frozen primary: since when.
     pub fn frozen_since(&self) -> Option<Instant> {
         match self.serving {
-            Serving::Mirrored | Serving::Returning if self.now >= self.lease_until => {
-                Some(self.frozen_since.unwrap_or(self.lease_until))
-            }
+            Serving::Mirrored | Serving::Returning if self.now >= self.lease_until => self.frozen_since,
             Serving::GoingAlone => Some(self.frozen_since.unwrap_or(self.now)),
             Serving::Mirrored | Serving::Returning | Serving::No | Serving::Alone => None,
         }

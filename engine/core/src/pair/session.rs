@@ -414,6 +414,7 @@ impl Server {
         self.enter_mirrored(rule);
         if i_am_primary {
             self.serving = Serving::Mirrored;
+            self.in_step_since = self.now;
             self.serve_mirrored();
         }
     }

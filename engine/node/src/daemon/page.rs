@@ -33,7 +33,7 @@ impl Daemon {
         let volumes = (0..self.config.volumes.len()).map(|at| self.volume_page(at, now)).collect();
         let server = &self.server;
         let session = server.session_view();
-        let heard = session.as_ref().map(|s| s.last_heard);
+        let heard = session.as_ref().map(|s| s.last_heard).or(self.last_heard);
         let since = server.frozen_since();
         Status {
             version: STATUS_VERSION,
