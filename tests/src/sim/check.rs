@@ -191,15 +191,15 @@ impl World {
         self.trace
             .step(self.now, [14, host as u64, live as u64], || format!("{host} is {live:?}, was {before:?}"));
         self.cover.hit(&format!("state {live:?}"));
-        let mut holders = [true; 2];
         match (before, live) {
             (LiveState::Granted, LiveState::Alone | LiveState::Syncing) => {
-                holders[1 - host] = false;
-                self.oracle.all_stable(holders);
+                self.oracle.all_stable([host == 0, host == 1]);
             }
             // The record that gives the solo right back is durable, and both copies were flushed before it.
             (LiveState::Returning, LiveState::PrimaryMirrored) => {
-                self.oracle.all_stable(holders);
+                for (volume, covers) in std::mem::take(&mut self.returning) {
+                    self.oracle.returned_solo(volume, &covers);
+                }
             }
             (LiveState::Returning, LiveState::Frozen) => self.cover.hit("G7 frozen after return"),
             (_, _) => {}

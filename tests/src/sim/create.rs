@@ -23,6 +23,7 @@ pub fn blank(size_bytes: u64, boot_id: BootId, instance: u128) -> Vec<(u64, Vec<
         data_offset_bytes: 0,
         server: ServerRecord::fresh(boot_id),
         copy: CopyRecord::blank(size_bytes, BLOCK_BYTES, BLOCK_BYTES),
+        capacity_bytes: size_bytes,
         log_life: 1,
         map_floor: 1,
     };

@@ -156,22 +156,17 @@ impl World {
             self.script.paused = told.count() < 2;
         }
         for host in 0..2 {
-            if self.script.failed[host] && self.other_serves(host) {
+            if self.script.failed[host] && self.other_is_whole(host) {
                 self.replace_disks(host);
             }
         }
     }
 
-    /// The other server runs alone: what is replaced here is not the last copy.
-    fn other_serves(&self, host: Host) -> bool {
+    /// The other server's copies are whole (they were in step when the disk died): this is not the last copy.
+    fn other_is_whole(&self, host: Host) -> bool {
         let process = self.machines[1 - host].process.as_ref();
-        process.is_some_and(|process| {
-            process.server.live().is_alone()
-                && process
-                    .volumes
-                    .iter()
-                    .all(|t| t.machine.copy_state() == Some(duplex_core::format::record::CopyState::UpToDate))
-        })
+        let whole = Some(duplex_core::format::record::CopyState::UpToDate);
+        process.is_some_and(|process| process.volumes.iter().all(|t| t.machine.copy_state() == whole))
     }
 
     /// A dead disk makes place for a new one.

@@ -153,6 +153,7 @@ impl World {
             match &order {
                 Order::Serve { mode, epoch } => thread.serving = Some((*mode, *epoch)),
                 Order::Return { .. } => {
+                    self.returning.insert(volume, self.oracle.unstable(volume));
                     thread.serving = thread.serving.map(|(_, epoch)| (ServeMode::Alone, epoch));
                 }
                 Order::Close

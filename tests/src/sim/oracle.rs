@@ -301,9 +301,8 @@ impl Oracle {
         for block in self.blocks.values_mut() {
             for version in &mut block.line {
                 let before = version.may_be_lost();
-                if matches!(version.fate, Fate::Done { .. }) {
-                    version.power_lost[host] = true;
-                }
+                // One in flight may have been acknowledged there already, and be completed without it.
+                version.power_lost[host] = true;
                 losable += u64::from(!before && version.may_be_lost());
             }
         }
@@ -311,8 +310,19 @@ impl Oracle {
         self.show(&format!("server {host} lost power"));
     }
 
-    /// Everything completed so far is stable on every copy that counts: a solo run began (G4) or was given
-    /// back (G6.3). `holders` are the copies that count from now on.
+    /// What has completed and is not stable: a solo run's return will flush it on both.
+    pub fn unstable(&self, volume: usize) -> Vec<(u64, Ticket)> {
+        self.completed(volume)
+    }
+
+    /// The flush of both copies that ends a solo run covered these (G6.3).
+    pub fn returned_solo(&mut self, volume: usize, covers: &[(u64, Ticket)]) {
+        self.settle(volume, covers);
+        self.show("solo right given back");
+    }
+
+    /// Everything completed so far is stable on every copy that counts: a solo run began (G4). `holders` are
+    /// the copies that count from now on.
     pub fn all_stable(&mut self, holders: [bool; 2]) {
         for block in self.blocks.values_mut() {
             for version in &mut block.line {

@@ -94,6 +94,8 @@ pub struct World {
     next_token: u64,
     /// Copy payload sent in the current session, and the blocks marked when it began.
     pub resync: super::check::ResyncBudget,
+    /// What had completed on each volume when its solo right began to be given back.
+    pub returning: BTreeMap<usize, Vec<(u64, super::oracle::Ticket)>>,
     /// The newest hellos of the current session.
     pub hellos: [Option<Hello>; 2],
     /// Cuts of a direction, so that an older heal does not end a newer cut.
@@ -133,6 +135,7 @@ impl World {
             answers: BTreeMap::new(),
             next_token: 0,
             resync: super::check::ResyncBudget::default(),
+            returning: BTreeMap::new(),
             hellos: [None, None],
             cuts: [0; 2],
             profile,
