@@ -189,7 +189,10 @@ impl Daemon {
         let snapshot =
             self.volumes.get(usize::from(index.0)).and_then(Option::as_ref).map(|v| v.shared.snapshot());
         match snapshot.and_then(|s| s.copy.map(|copy| (copy, s.dirty_blocks))) {
-            Some((copy, dirty)) => crate::offline::describe(&copy, Some(self.server.record()), dirty),
+            Some((copy, dirty)) => {
+                let (text, data) = crate::offline::describe(&copy, Some(self.server.record()), dirty);
+                Answer::Ok { text, data: Some(data) }
+            }
             None => Answer::refused("not-loaded", "the metadata is not read"),
         }
     }

@@ -13,7 +13,6 @@ use duplex_store::{Access, Backing, BackingConfig, MetaIo, create_metadata_file}
 
 use super::{Progress, refused_or_failed};
 use crate::config::Volume;
-use crate::control::api::Answer;
 use crate::failure::Failure;
 use crate::volume::place;
 
@@ -187,7 +186,11 @@ fn pump(log: &mut DirtyLog, io: &mut MetaIo) -> Result<(), Failure> {
 }
 
 /// The metadata as a page and for programs.
-pub fn describe(copy: &CopyRecord, server: Option<&ServerRecord>, dirty_blocks: u64) -> Answer {
+pub fn describe(
+    copy: &CopyRecord,
+    server: Option<&ServerRecord>,
+    dirty_blocks: u64,
+) -> (String, serde_json::Value) {
     let state = match copy.state {
         CopyState::Inconsistent { toward } => format!("inconsistent towards {toward}"),
         CopyState::Blank | CopyState::UpToDate | CopyState::Outdated | CopyState::Failed => {
@@ -226,5 +229,5 @@ pub fn describe(copy: &CopyRecord, server: Option<&ServerRecord>, dirty_blocks: 
         ));
     }
     let data = serde_json::json!({ "copy": copy, "server": server, "dirty_blocks": dirty_blocks });
-    Answer::Ok { text: page.trim_end().to_owned(), data: Some(data) }
+    (page.trim_end().to_owned(), data)
 }

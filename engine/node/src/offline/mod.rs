@@ -10,7 +10,6 @@ use std::time::Duration;
 use duplex_store::{Access, BackingConfig, MetaIo, StoreError, probe};
 
 use crate::config::{Config, Metadata, Volume};
-use crate::control::api::Answer;
 use crate::failure::Failure;
 
 pub use compare::{Comparison, compare_data};
@@ -80,13 +79,8 @@ pub fn dump(config: &Config, volume: &Volume) -> Result<(String, serde_json::Val
     };
     let copy = metadata::OfflineCopy::open(volume.backing.of(config.me), metadata, Access::ReadShared)?;
     let superblock = &copy.superblock;
-    match describe(&superblock.copy, Some(&superblock.server), copy.dirty_blocks()) {
-        Answer::Ok { text, data } => {
-            let text = format!("{text}\nin flight   {} extents at the end", copy.replayed_extents());
-            Ok((text, data.unwrap_or_default()))
-        }
-        other => Err(Failure::failed(other.text())),
-    }
+    let (text, data) = describe(&superblock.copy, Some(&superblock.server), copy.dirty_blocks());
+    Ok((format!("{text}\nin flight   {} extents at the end", copy.replayed_extents()), data))
 }
 
 /// What to do with a file of saved blocks.
