@@ -13,7 +13,9 @@ impl Server {
         let session = self.session.as_ref();
         let heartbeat = session.map(|s| s.next_heartbeat);
         let silence = session.map(|_| self.last_heard + self.config.silent);
-        let lease = (self.holds_lease_rule() && self.frozen_since.is_none()).then_some(self.lease_until);
+        // When a freeze is told: not before a fresh primary had time for its first promise.
+        let told = self.lease_until.max(self.in_step_since + self.config.freeze);
+        let lease = (self.holds_lease_rule() && self.frozen_since.is_none()).then_some(told);
         let alone = self.must_go_alone_at();
         let wait = self.waiting_to_serve.map(|_| self.serve_not_before);
         let stop = self.stopping.as_ref().map(|s| s.give_up_at);
