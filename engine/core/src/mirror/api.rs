@@ -133,6 +133,8 @@ pub enum ServeMode {
     Alone,
     /// By both copies, with a lease.
     Mirrored,
+    /// This copy is failed: every request goes to the peer, which serves by its own right (G12).
+    Front,
 }
 
 /// The pace of resync.
@@ -189,6 +191,11 @@ pub enum Order {
     },
     /// The session is over.
     Leave,
+    /// This server serves alone, and does what the peer's front forwards, too (G12).
+    Host {
+        /// The session the requests come in.
+        session: SessionId,
+    },
     /// Complete requests this way from now on, in this epoch.
     Serve {
         /// How.

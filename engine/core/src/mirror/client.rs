@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 
 use super::api::{Exposure, ServeMode};
+use super::front::Forwarded;
 use super::lock::Access;
 use super::volume::{DiskPurpose, Holder, Serve, Volume};
 use crate::dirty_log::{DirtyLog, FlushMark, Ticket, WriteEnd};
@@ -48,6 +49,10 @@ pub(super) struct ClientOp {
     pub(super) remote: Leg,
     /// Of a flush that goes to both copies: what it covers.
     pub(super) mark: Option<(FlushMark, Proven)>,
+    /// Its extents were begun in the activity log.
+    pub(super) logged: bool,
+    /// The peer's front asked, not a client of this server.
+    pub(super) forwarded: Option<Forwarded>,
     /// The client has its answer; only the disk still owes one.
     pub(super) answered: bool,
     pub(super) started: Instant,
@@ -94,7 +99,7 @@ impl ClientOps {
         (0u32..).zip(&self.slots).filter_map(|(slot, op)| op.as_ref().map(|op| (slot, op)))
     }
 
-    fn insert(&mut self, op: ClientOp) -> u32 {
+    pub(super) fn insert(&mut self, op: ClientOp) -> u32 {
         if let Some(slot) = self.free.pop() {
             self.slots[slot as usize] = Some(op);
             return slot;
@@ -110,6 +115,11 @@ impl ClientOps {
             self.by_seq.remove(&op.seq.0);
         }
         Some(op)
+    }
+
+    /// The peer's answer to this sequence is this operation's.
+    pub(super) fn number(&mut self, slot: u32, seq: Sequence) {
+        self.by_seq.insert(seq.0, slot);
     }
 
     /// Every operation up to this sequence has ended.
@@ -174,6 +184,8 @@ impl Volume {
             local: Leg::None,
             remote: Leg::None,
             mark: None,
+            logged: false,
+            forwarded: None,
             answered: false,
             started: self.now,
         };
@@ -190,6 +202,9 @@ impl Volume {
 
     /// The range is this operation's now.
     pub(super) fn client_locked(&mut self, slot: u32) {
+        if self.serve == Serve::Open(ServeMode::Front) {
+            return self.forward(slot);
+        }
         let Some(op) = self.clients.get_mut(slot) else {
             return;
         };
@@ -201,6 +216,7 @@ impl Volume {
             }
             RequestOp::Write { .. } | RequestOp::Zero { .. } => {
                 op.stage = Stage::Log;
+                op.logged = true;
                 let range = op.range;
                 let ready = self.log.as_mut().is_some_and(|log| log.begin(Ticket(u64::from(slot)), range));
                 if ready {
@@ -241,7 +257,7 @@ impl Volume {
             (false, false) => Leg::Lost,
         };
         let (request, range) = (op.op, op.range);
-        self.clients.by_seq.insert(seq.0, slot);
+        self.clients.number(slot, seq);
         // Where the peer only owes its answer the active extent is the mark: it may be sent again (D12), and
         // going alone marks what is in flight.
         if op_goes_alone && let Some(log) = self.log.as_mut() {
@@ -278,6 +294,9 @@ impl Volume {
 
     /// A client's flush: both copies in a pair era, the own copy alone (F8).
     fn run_flush(&mut self, slot: u32) {
+        if self.serve == Serve::Open(ServeMode::Front) {
+            return self.forward(slot);
+        }
         let mirrored = self.serve == Serve::Open(ServeMode::Mirrored);
         let replicate = self.can_replicate();
         let mark = self.log.as_mut().filter(|_| replicate).map(DirtyLog::flush_issued);
@@ -355,12 +374,15 @@ impl Volume {
         let Some(op) = self.clients.get(slot) else {
             return;
         };
+        if self.serve == Serve::Open(ServeMode::Front) {
+            return self.finish_forwarded(slot);
+        }
         if op.stage != Stage::Running || op.local == Leg::Pending {
             return;
         }
         let result = match self.serve {
             Serve::Frozen => return,
-            Serve::Closed => Err(RequestError::NotServing),
+            Serve::Closed | Serve::Open(ServeMode::Front) => Err(RequestError::NotServing),
             Serve::Open(ServeMode::Mirrored) => {
                 let is_read = matches!(op.op, RequestOp::Read { .. });
                 let earned = op.local == Leg::Done && (is_read || op.remote == Leg::Done);
@@ -393,15 +415,17 @@ impl Volume {
         match op.op {
             RequestOp::Read { .. } => self.locks.release(op.range, Access::Shared, &mut self.granted),
             RequestOp::Write { .. } | RequestOp::Zero { .. } => {
-                if let Some(log) = self.log.as_mut() {
+                if let Some(log) = self.log.as_mut().filter(|_| op.logged) {
                     log.end(op.range, if both { WriteEnd::Both } else { WriteEnd::OnlyHere });
                 }
                 self.locks.release(op.range, Access::Exclusive, &mut self.granted);
             }
             RequestOp::Flush => self.flush_ended(op.mark, both),
         }
-        if !op.answered {
-            self.complete(op.id, result);
+        match op.forwarded {
+            Some(forwarded) => self.answer_front(&forwarded, &op, result),
+            None if !op.answered => self.complete(op.id, result),
+            None => {}
         }
     }
 
@@ -439,6 +463,9 @@ impl Volume {
         let RequestOp::Read { range: wanted, buffer: into } = op.op else {
             return self.release(buffer);
         };
+        if self.serve == Serve::Open(ServeMode::Front) && op.remote == Leg::Pending && wanted == range {
+            return self.on_forwarded_read(slot, range, into, outcome, buffer);
+        }
         if op.stage != Stage::Healing || op.remote != Leg::Pending || wanted != range {
             return self.release(buffer);
         }
@@ -497,6 +524,9 @@ impl Volume {
         if was == Serve::Closed {
             self.expose(Exposure::Serving);
         }
+        if mode == ServeMode::Front {
+            self.begin_front();
+        }
         let slots: Vec<u32> = self.clients.iter().map(|(slot, _)| slot).collect();
         for slot in slots {
             self.retry_client(slot);
@@ -512,6 +542,7 @@ impl Volume {
         if let RequestOp::Read { range, .. } = op.op
             && op.stage == Stage::Running
             && op.local == Leg::Failed
+            && self.serve != Serve::Open(ServeMode::Front)
         {
             return self.heal(slot, range);
         }
@@ -582,7 +613,12 @@ impl Volume {
                 if self.locks.cancel(Holder::Client(slot), &mut self.granted)
                     && let Some(op) = self.clients.remove(slot)
                 {
-                    self.complete(op.id, Err(RequestError::NotServing));
+                    match op.forwarded {
+                        Some(forwarded) => {
+                            self.answer_front(&forwarded, &op, Err(RequestError::NotServing));
+                        }
+                        None => self.complete(op.id, Err(RequestError::NotServing)),
+                    }
                 }
             }
             // Its extents become active soon; then it runs, is marked, and ends with an error.

@@ -167,7 +167,7 @@ impl Volume {
             // Marks are kept as they are: the same peer may take the session up again (D12), and going alone
             // marks everything it did not prove.
             Serve::Open(ServeMode::Mirrored) | Serve::Frozen => {}
-            Serve::Open(ServeMode::Alone) | Serve::Closed => self.forget_peer(),
+            Serve::Open(ServeMode::Alone | ServeMode::Front) | Serve::Closed => self.forget_peer(),
         }
         self.flushes_lose_session();
         self.clients_lose_session();

@@ -2,12 +2,14 @@
 //!
 //! Rooms: `api` (what goes in and out), `volume` (the machine), `start` (superblock, replay, G10), `record`
 //! (superblock writes), `client` (requests), `peer` (the peer's operations on this disk), `lock` (range
-//! locks), `flush` (own flushes, drain, return), `copy` (resync source), `target` (resync target).
+//! locks), `flush` (own flushes, drain, return), `front` (a server
+//! without a disk and its host), `copy` (resync source), `target` (resync target).
 
 pub mod api;
 mod client;
 mod copy;
 mod flush;
+mod front;
 mod lock;
 mod peer;
 mod record;

@@ -9,7 +9,7 @@ use crate::request::{DiskOpKind, DiskOutcome};
 use crate::time::Instant;
 
 /// Errno for a request this server cannot take, as Linux numbers it.
-const EINVAL: i32 = 22;
+pub(super) const EINVAL: i32 = 22;
 const ENOMEM: i32 = 12;
 
 #[derive(Clone, Debug)]
@@ -74,6 +74,9 @@ impl Volume {
             self.answer_peer(&message, RemoteOutcome::Failed { errno }, None);
             return self.release(buffer);
         }
+        if self.joined.is_some_and(|j| j.role == SessionRole::Host) {
+            return self.on_front_op(session, &message, buffer, access);
+        }
         let locked = self.widen(range);
         let op = PeerOp { session, message, buffer, locked, access, submitted: false, started: self.now };
         let slot = self.peers.insert(op);
@@ -85,7 +88,10 @@ impl Volume {
     /// The range of an operation that this side may take now: a target takes writes and chunks, a source or a
     /// target answers reads. Anything else is a fault of the peer and gets an error, nothing is written.
     fn acceptable(&self, message: &VolumeMessage, buffer: Option<BufferId>) -> Option<(ByteRange, Access)> {
-        let is_target = self.joined.is_some_and(|j| j.role == SessionRole::Target);
+        let is_target = self.joined.is_some_and(|j| match j.role {
+            SessionRole::Target | SessionRole::Host => true,
+            SessionRole::Source => false,
+        });
         let size = self.copy().map_or(0, |c| c.size_bytes);
         let within = |range: ByteRange, longest: u64| {
             range.length_bytes > 0 && range.length_bytes <= longest && range.end_bytes() <= size
@@ -164,7 +170,12 @@ impl Volume {
         self.release(op.buffer);
     }
 
-    fn answer_peer(&mut self, message: &VolumeMessage, outcome: RemoteOutcome, buffer: Option<BufferId>) {
+    pub(super) fn answer_peer(
+        &mut self,
+        message: &VolumeMessage,
+        outcome: RemoteOutcome,
+        buffer: Option<BufferId>,
+    ) {
         match *message {
             VolumeMessage::Write { seq, .. } | VolumeMessage::Zero { seq, .. } => {
                 self.send(VolumeMessage::Ack { seq, outcome }, None);

@@ -33,6 +33,9 @@ pub struct VolumeConfig {
     pub capacity_bytes: u64,
 }
 
+/// Bytes of a block of metadata.
+const META_BLOCK_BYTES: u64 = 4096;
+
 /// Who holds a range lock or waits for one.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Holder {
@@ -64,6 +67,8 @@ pub(super) struct Joined {
 pub(super) enum SessionRole {
     Source,
     Target,
+    /// Serves alone; the peer forwards its clients' requests.
+    Host,
 }
 
 /// What a finished disk operation belongs to; the kind sits in the id's top byte, a slot below it.
@@ -144,7 +149,8 @@ pub struct Volume {
     pub(super) failed: Option<i32>,
     /// The peer's copy failed in this session; nothing more is expected from it.
     pub(super) peer_failed: bool,
-    pub(super) log_slots: Vec<Option<u64>>,
+    /// Metadata operations under way: the log's name for each, and where.
+    pub(super) log_slots: Vec<Option<(u64, u64)>>,
     pub(super) bad_blocks: u32,
 }
 
@@ -364,7 +370,7 @@ impl Volume {
 
     fn on_log_disk(&mut self, slot: u32, outcome: DiskOutcome) {
         let op = self.log_slots.get_mut(slot as usize).and_then(Option::take);
-        let (Some(op), Some(log)) = (op, self.log.as_mut()) else {
+        let (Some((op, offset_bytes)), Some(log)) = (op, self.log.as_mut()) else {
             return;
         };
         let result = match outcome {
@@ -374,7 +380,7 @@ impl Volume {
         };
         log.op_done(op, result);
         if let Some(errno) = log.failed() {
-            self.fail_mine(errno, None);
+            self.fail_mine(errno, Some(ByteRange::new(offset_bytes, META_BLOCK_BYTES)));
         }
     }
 
@@ -444,6 +450,7 @@ impl Volume {
                 self.hear_early(session);
             }
             Order::Leave => self.leave(),
+            Order::Host { session } => self.host(session),
             Order::Serve { mode, epoch } => self.open(mode, epoch),
             Order::Freeze => self.freeze(),
             Order::Drain { tag } => self.begin_drain(tag),
@@ -501,7 +508,8 @@ impl Volume {
                     self.log_slots.len() - 1
                 }
             };
-            self.log_slots[slot] = Some(op);
+            let (MetaOp::Read { offset_bytes, .. } | MetaOp::Write { offset_bytes, .. }) = meta;
+            self.log_slots[slot] = Some((op, offset_bytes));
             let slot = u32::try_from(slot).expect("fewer than 2^32 metadata operations are in flight");
             let kind = match meta {
                 MetaOp::Read { offset_bytes, length_bytes } => {
@@ -554,7 +562,7 @@ impl Volume {
                 let usable = self.copy().is_some_and(|c| c.state == CopyState::UpToDate);
                 assert!(usable, "P6: serving from a copy that is not up to date");
                 assert!(
-                    self.joined.is_none_or(|j| j.role == SessionRole::Source),
+                    self.joined.is_none_or(|j| j.role != SessionRole::Target),
                     "a server that serves is not a target"
                 );
             }
