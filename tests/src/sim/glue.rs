@@ -158,7 +158,7 @@ impl World {
                 }
                 Order::Close
                 | Order::Drain { .. }
-                | Order::Freeze
+                | Order::Freeze { .. }
                 | Order::Leave
                 | Order::Fail { .. }
                 | Order::Record { .. }
@@ -487,7 +487,7 @@ impl World {
             | Order::Join { .. }
             | Order::Leave
             | Order::Serve { .. }
-            | Order::Freeze
+            | Order::Freeze { .. }
             | Order::Drain { .. }
             | Order::Close
             | Order::Pace(_)

@@ -203,8 +203,11 @@ pub enum Order {
         /// The epoch's number: enters sequence numbers and `proven`.
         epoch: u64,
     },
-    /// Complete nothing, keep everything.
-    Freeze,
+    /// Complete nothing, keep everything. With a tag answer [`Report::Drained`]: nothing completes after that.
+    Freeze {
+        /// Comes back.
+        tag: Option<u64>,
+    },
     /// Take no new request, finish those in flight, flush both, let every mark go; then [`Report::Drained`].
     Drain {
         /// Comes back.
@@ -271,7 +274,7 @@ pub enum Report {
         /// How many.
         blocks: u64,
     },
-    /// Drained.
+    /// Drained, or frozen.
     Drained {
         /// Of the order.
         tag: u64,

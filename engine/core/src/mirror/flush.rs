@@ -270,7 +270,12 @@ impl Volume {
             return false;
         };
         if self.failed.is_some() {
-            return false;
+            // Nothing can be flushed or settled any more.
+            if idle {
+                self.flushes.draining = None;
+                self.report(Report::Drained { tag });
+            }
+            return idle;
         }
         match stage {
             Draining::Emptying if idle => {

@@ -452,7 +452,12 @@ impl Volume {
             Order::Leave => self.leave(),
             Order::Host { session } => self.host(session),
             Order::Serve { mode, epoch } => self.open(mode, epoch),
-            Order::Freeze => self.freeze(),
+            Order::Freeze { tag } => {
+                self.freeze();
+                if let Some(tag) = tag {
+                    self.report(Report::Drained { tag });
+                }
+            }
             Order::Drain { tag } => self.begin_drain(tag),
             Order::Close => self.close(),
             Order::Return { tag, server } => self.begin_return(tag, server),

@@ -26,7 +26,7 @@ impl Server {
     pub(super) const fn holds_lease_rule(&self) -> bool {
         match self.serving {
             Serving::Mirrored | Serving::Returning => true,
-            Serving::No | Serving::GoingAlone | Serving::Alone => false,
+            Serving::No | Serving::GoingAlone | Serving::Alone | Serving::Front => false,
         }
     }
 
@@ -158,7 +158,7 @@ impl Server {
 
     /// Freezes every volume: nothing completes until this server has a right again.
     pub(super) fn freeze(&mut self) {
-        self.order_all(&Order::Freeze);
+        self.order_all(&Order::Freeze { tag: None });
         self.frozen_since.get_or_insert(self.now);
     }
 }

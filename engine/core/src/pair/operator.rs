@@ -231,6 +231,10 @@ impl Server {
     fn demote(&mut self, token: OperatorToken) {
         match self.serving {
             Serving::No => self.answer(token, Ok("this server is not primary".to_owned())),
+            Serving::Front => {
+                self.stop_serving();
+                self.answer(token, Ok("requests go no more to the peer from here".to_owned()));
+            }
             Serving::GoingAlone | Serving::Returning => {
                 self.answer(token, refuse("not-now", "a change of the right is under way; try again"));
             }
@@ -253,7 +257,7 @@ impl Server {
             (Serving::Mirrored, Some(by)) => self.answer(token, in_use(&by)),
             (Serving::Mirrored, None) => self.begin_hand_over(Some(token), false),
             (Serving::No, _) => self.promote(token),
-            (Serving::GoingAlone | Serving::Alone | Serving::Returning, _) => {
+            (Serving::GoingAlone | Serving::Alone | Serving::Returning | Serving::Front, _) => {
                 self.answer(token, refuse("not-now", "a change of the right is under way; try again"));
             }
         }

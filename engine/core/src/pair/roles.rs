@@ -68,6 +68,9 @@ impl Server {
             return;
         };
         session.peer_primary = true;
+        if self.serving == Serving::Front {
+            return self.begin_front(&epoch);
+        }
         self.record.epoch_seen = newer(&self.record.epoch_seen, &epoch);
         self.record_only(Step::Noted);
         let reason = format!("the peer is primary of epoch {}", epoch.number);

@@ -24,6 +24,8 @@ pub(super) enum Serving {
     Alone,
     /// The solo right is being given back (G6 step 3 to 5).
     Returning,
+    /// This server's disk failed: its clients' requests go to the peer, which is primary (G12).
+    Front,
 }
 
 /// What is known of a volume.
@@ -193,7 +195,7 @@ impl Server {
         match self.serving {
             Serving::Mirrored | Serving::Returning if self.now >= self.lease_until => self.frozen_since,
             Serving::GoingAlone => Some(self.frozen_since.unwrap_or(self.now)),
-            Serving::Mirrored | Serving::Returning | Serving::No | Serving::Alone => None,
+            Serving::Mirrored | Serving::Returning | Serving::No | Serving::Alone | Serving::Front => None,
         }
     }
 
@@ -232,6 +234,7 @@ impl Server {
                 Some(Phase::Mirrored) => LiveState::PrimaryMirrored,
                 Some(_) | None => LiveState::Frozen,
             },
+            Serving::Front => LiveState::Secondary,
             Serving::GoingAlone => LiveState::Granted,
             Serving::Alone => match phase {
                 Some(Phase::Syncing { synced, .. }) if synced.iter().all(|s| *s) => LiveState::SyncTail,
@@ -258,6 +261,7 @@ impl Server {
             (_, Some(Phase::Mirrored)) => "mirrored",
             (_, Some(Phase::Syncing { .. } | Phase::Returning | Phase::Joining { .. })) => "syncing",
             (Serving::No, Some(Phase::Refused { .. } | Phase::SplitBrain)) => "refused",
+            (Serving::Front, _) => "dying",
             (Serving::Alone | Serving::GoingAlone, _) => "alone",
             (Serving::Mirrored | Serving::Returning, _) => "mirrored",
             (Serving::No, Some(Phase::Hello | Phase::OneCopy) | None) => "joining",
@@ -268,6 +272,7 @@ impl Server {
     pub fn role_word(&self) -> &'static str {
         match self.serving {
             Serving::Mirrored | Serving::Alone | Serving::GoingAlone | Serving::Returning => "primary",
+            Serving::Front => "secondary",
             Serving::No => {
                 let blank = self.copies().any(|c| c.state == CopyState::Blank);
                 if !self.loaded || blank || self.volumes.iter().any(|v| v.unusable.is_some()) {
@@ -320,7 +325,10 @@ impl Server {
     }
 
     pub(super) fn is_primary(&self) -> bool {
-        self.serving != Serving::No
+        match self.serving {
+            Serving::Mirrored | Serving::GoingAlone | Serving::Alone | Serving::Returning => true,
+            Serving::No | Serving::Front => false,
+        }
     }
 
     pub(super) fn describe_generations(&self) -> String {

@@ -47,6 +47,8 @@ pub(super) struct Session {
     acted_on: Option<(u64, u64)>,
     pub(super) peer_live: Option<LiveState>,
     pub(super) peer_primary: bool,
+    /// The peer's disk failed; it forwards its clients' requests here.
+    pub(super) host: bool,
     pub(super) echo_ns: u64,
     pub(super) next_heartbeat: Instant,
     pub(super) i_am_source: Option<bool>,
@@ -70,6 +72,7 @@ impl Server {
             acted_on: None,
             peer_live: None,
             peer_primary: false,
+            host: false,
             echo_ns: 0,
             next_heartbeat: self.now,
             i_am_source: None,
@@ -115,6 +118,10 @@ impl Server {
             if in_step {
                 self.in_step_heard = self.last_heard;
             }
+        }
+        if self.serving == Serving::Front {
+            // Nobody answers for this server's clients any more.
+            self.stop_serving();
         }
         if self.serving == Serving::No {
             self.take_return_back();
@@ -256,6 +263,7 @@ impl Server {
             | Step::DrainedForHandOver { .. }
             | Step::DrainedForDemote { .. }
             | Step::DrainedForStop
+            | Step::FrozenForFront { .. }
             | Step::CleanStop => false,
         })
     }

@@ -1,10 +1,10 @@
 //! Going alone by rule G4, taking a solo run up again after a restart (T2), and failed copies (G12).
 
-use super::server::{Server, Serving};
+use super::server::{Server, Serving, newer};
 use super::session::Phase;
 use super::steps::Step;
 use crate::format::record::{Era, Origin};
-use crate::ids::{ByteRange, Epoch, Generation};
+use crate::ids::{ByteRange, Epoch, Generation, SessionId};
 use crate::message::ControlMessage;
 use crate::mirror::api::{CopyChange, Order, ServeMode};
 
@@ -73,7 +73,18 @@ impl Server {
         let reason = self.reason.clone();
         self.frozen_since = None;
         self.transition("alone", &reason, |s| s.serving = Serving::Alone);
+        self.host_the_front();
         self.operators_gone_alone();
+    }
+
+    /// The peer whose disk failed forwards its clients' requests from now on.
+    fn host_the_front(&mut self) {
+        let host = self.session.as_ref().filter(|s| s.host && s.phase == Phase::OneCopy).map(|s| s.id);
+        if let Some(session) = host {
+            self.order_all(&Order::Host { session });
+            let epoch = self.record.epoch_seen.clone();
+            self.send(ControlMessage::Primary { epoch });
+        }
     }
 
     /// T2: the superblock says that this server runs alone, and nothing newer can be anywhere else. It goes
@@ -105,22 +116,45 @@ impl Server {
         }
         self.event_with("disk-failed", text.clone(), "a write or flush failed here", fields);
         let volume = u16::try_from(at).unwrap_or(u16::MAX);
-        self.send(ControlMessage::CopyFailed { volume, errno });
-        let mirrored = self.session.as_ref().is_some_and(|s| s.phase == Phase::Mirrored);
-        match self.serving {
-            Serving::Mirrored | Serving::Returning if mirrored => {
-                // The peer's copy is whole: it takes the service (G12).
-                self.stop_serving();
-                self.order_all(&Order::Leave);
-                self.transition("dying", &text, |s| s.set_phase(Phase::OneCopy));
+        let session = self.in_step_session();
+        match (self.serving, session) {
+            (Serving::Mirrored, Some(session)) => {
+                // The peer's copy is whole: it takes the service once nothing completes here any more, and
+                // this server stays as a front for its clients (G12).
+                let tag = self.begin_step(Step::FrozenForFront { session, volume, errno });
+                self.transition("dying", &text, |s| s.serving = Serving::Front);
+                self.order_all(&Order::Freeze { tag: Some(tag) });
             }
             // Alone, requests get the error; a frozen server has nobody to give the service to.
-            Serving::Alone | Serving::GoingAlone | Serving::Mirrored | Serving::Returning => {}
-            Serving::No => {
+            (Serving::Alone | Serving::GoingAlone | Serving::Mirrored | Serving::Returning, _) => {
+                self.send(ControlMessage::CopyFailed { volume, errno });
+            }
+            (Serving::Front, _) => {}
+            (Serving::No, _) => {
+                self.send(ControlMessage::CopyFailed { volume, errno });
                 self.order_all(&Order::Leave);
                 self.set_phase(Phase::OneCopy);
             }
         }
+    }
+
+    /// Nothing completes here any more: the peer may serve.
+    pub(super) fn frozen_for_front(&mut self, session: SessionId, volume: u16, errno: i32) {
+        if self.in_step_session() == Some(session) && self.serving == Serving::Front {
+            self.send(ControlMessage::CopyFailed { volume, errno });
+            self.set_phase(Phase::OneCopy);
+        } else if self.serving == Serving::Front {
+            self.stop_serving();
+        }
+    }
+
+    /// The peer serves: this server's clients are served from its copy.
+    pub(super) fn begin_front(&mut self, epoch: &Epoch) {
+        self.peer_epoch = newer(&self.peer_epoch, epoch);
+        self.order_all(&Order::Serve { mode: ServeMode::Front, epoch: epoch.number });
+        let reason =
+            format!("this copy failed; requests are served from the peer's copy in epoch {}", epoch.number);
+        self.transition("front", &reason, |_| ());
     }
 
     /// The peer's disk failed: a failed copy is a lost peer (G12).
@@ -145,9 +179,12 @@ impl Server {
             }
             Serving::No if mirrored && self.all_up_to_date() => {
                 // The primary gave its service up: this copy holds everything it acknowledged.
+                if let Some(session) = self.session.as_mut() {
+                    session.host = session.peer_primary;
+                }
                 self.go_alone("takeover: the primary's copy failed", Origin::Solo);
             }
-            Serving::No | Serving::Alone | Serving::GoingAlone => {}
+            Serving::No | Serving::Alone | Serving::GoingAlone | Serving::Front => {}
         }
     }
 }

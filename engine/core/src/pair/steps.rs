@@ -48,6 +48,12 @@ pub(super) enum Step {
         token: OperatorToken,
     },
     DrainedForStop,
+    /// Nothing completes here any more: the peer may take the service (G12).
+    FrozenForFront {
+        session: SessionId,
+        volume: u16,
+        errno: i32,
+    },
     Demoted {
         token: OperatorToken,
     },
@@ -119,6 +125,9 @@ impl Server {
             }
             Step::DrainedForDemote { token } => self.drained_for_demote(token),
             Step::DrainedForStop => self.drained_for_stop(),
+            Step::FrozenForFront { session, volume, errno } => {
+                self.frozen_for_front(session, volume, errno);
+            }
             Step::Demoted { token } => self.demoted(token),
             Step::CleanStop => self.stopped(),
             Step::Surrendered => self.surrendered(),

@@ -39,6 +39,10 @@ impl Server {
             self.serving = Serving::No;
             self.order_all(&Order::Close);
         }
+        if self.volumes.iter().any(|v| v.failed.is_some()) {
+            // A failed disk takes no record: this is no clean end.
+            return self.stopped();
+        }
         self.record.clean = true;
         self.record_only(Step::CleanStop);
     }
