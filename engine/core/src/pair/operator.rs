@@ -19,6 +19,8 @@ pub(super) enum Waiting {
     HandOver,
     /// This server serves alone.
     Alone,
+    /// The peer becomes primary after a hand-over.
+    TakenOver { then_stop: bool },
     /// The victim saves its blocks.
     Resolve,
 }
@@ -316,7 +318,10 @@ impl Server {
         for (token, waiting) in std::mem::take(&mut self.operators) {
             match waiting {
                 Waiting::Alone => self.answer(token, Ok(reason.clone())),
-                other @ (Waiting::Promote { .. } | Waiting::HandOver | Waiting::Resolve) => {
+                other @ (Waiting::Promote { .. }
+                | Waiting::HandOver
+                | Waiting::TakenOver { .. }
+                | Waiting::Resolve) => {
                     self.operators.push((token, other));
                 }
             }
@@ -327,7 +332,16 @@ impl Server {
         for (token, waiting) in std::mem::take(&mut self.operators) {
             match waiting {
                 Waiting::Alone => self.operators.push((token, waiting)),
-                Waiting::Promote { .. } | Waiting::HandOver | Waiting::Resolve => {
+                Waiting::TakenOver { then_stop: true } => {
+                    self.begin_stop(
+                        Some(token),
+                        "handed over; the peer was lost before it said that it took over",
+                    );
+                }
+                Waiting::Promote { .. }
+                | Waiting::HandOver
+                | Waiting::TakenOver { then_stop: false }
+                | Waiting::Resolve => {
                     self.answer(token, Err(super::roles::peer_lost()));
                 }
             }

@@ -75,6 +75,7 @@ impl Server {
         self.record_only(Step::Noted);
         let reason = format!("the peer is primary of epoch {}", epoch.number);
         self.transition("switchover", &reason, |_| ());
+        self.taken_over();
     }
 
     /// The peer asks for the role while nobody serves. One of two askers wins by name.
@@ -151,10 +152,24 @@ impl Server {
         let epoch = self.record.epoch_seen.clone();
         self.send(ControlMessage::HandedOver { epoch });
         self.transition("switchover", "handed over to the peer", |_| ());
-        if then_stop {
-            self.begin_stop(token, "handed over");
-        } else if let Some(token) = token {
-            self.answer(token, Ok("handed over; the peer is primary".to_owned()));
+        if let Some(token) = token {
+            // A goodbye before the peer is primary would end the session that its promotion needs.
+            self.operators.push((token, Waiting::TakenOver { then_stop }));
+        }
+    }
+
+    /// The peer took over: what was waited for is done, and `down` goes on to its end.
+    fn taken_over(&mut self) {
+        for (token, waiting) in std::mem::take(&mut self.operators) {
+            match waiting {
+                Waiting::TakenOver { then_stop: true } => self.begin_stop(Some(token), "handed over"),
+                Waiting::TakenOver { then_stop: false } => {
+                    self.answer(token, Ok("handed over; the peer is primary".to_owned()));
+                }
+                Waiting::Promote { .. } | Waiting::HandOver | Waiting::Alone | Waiting::Resolve => {
+                    self.operators.push((token, waiting));
+                }
+            }
         }
     }
 
