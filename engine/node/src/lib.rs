@@ -4,7 +4,6 @@ pub mod clock;
 pub mod config;
 pub mod control;
 pub mod daemon;
-pub mod demo;
 pub mod events;
 pub mod failure;
 pub mod holder;

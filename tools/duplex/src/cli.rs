@@ -274,12 +274,15 @@ pub(crate) struct Demo {
     /// Leave the pair running and say what to type next
     #[arg(long)]
     pub(crate) keep: bool,
-    /// Where the disks' files go
+    /// Where the disks' files go [default: $TMPDIR, else /var/tmp]
     #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
     pub(crate) dir: Option<PathBuf>,
     /// Size of each disk
     #[arg(long, value_name = "SIZE", default_value = "1GiB", value_parser = parse_size)]
     pub(crate) size: u64,
+    /// Remove what kept or killed demos left behind, and do nothing else
+    #[arg(long, conflicts_with_all = ["keep", "size"])]
+    pub(crate) clean: bool,
 }
 
 #[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug)]

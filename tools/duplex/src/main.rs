@@ -1,6 +1,7 @@
 //! The one program: the daemon and everything an operator types.
 
 mod cli;
+mod demo;
 mod generate;
 mod logging;
 mod output;

@@ -11,10 +11,10 @@ use duplex_node::config::RunDir;
 use duplex_node::control::api::{Answer, Command, Exit, PromoteMode};
 use duplex_node::control::client::{Client, ClientError};
 use duplex_node::failure::Failure;
-use duplex_node::{daemon, demo, holder};
+use duplex_node::{daemon, holder};
 
 use crate::cli::{self, Cli, Common, Verb};
-use crate::{generate, logging, output};
+use crate::{demo, generate, logging, output};
 
 /// Runs a verb.
 pub(crate) fn run(cli: Cli) -> Result<Exit, Failure> {
@@ -38,7 +38,7 @@ pub(crate) fn run(cli: Cli) -> Result<Exit, Failure> {
             daemon::run(&options).map(|()| Exit::Done)
         }
         Verb::Holder => holder::run(&holder::Options { run_dir }).map(|()| Exit::Done),
-        Verb::Demo(options) => run_demo(&common, options),
+        Verb::Demo(options) => demo::run(&common, &options).map(|()| Exit::Done),
         Verb::Status(options) => block_on(status::status(&common, &client, &options))?,
         Verb::Events(options) => block_on(events::events(&common, &client, &options))?,
         Verb::Resync { verb } => block_on(resync::resync(&common, &client, verb))?,
@@ -63,12 +63,6 @@ pub(crate) fn run(cli: Cli) -> Result<Exit, Failure> {
 
 fn later(verb: &str) -> Result<Exit, Failure> {
     Err(Failure::wrong(format!("duplex {verb} is not in this version; `duplex --help` lists what is")))
-}
-
-fn run_demo(common: &Common, options: cli::Demo) -> Result<Exit, Failure> {
-    let size_bytes = options.size;
-    let options = demo::Options { keep: options.keep, dir: options.dir, size_bytes, json: common.json };
-    demo::run(&options).map(|()| Exit::Done)
 }
 
 const fn mode(options: &cli::Promote) -> PromoteMode {
