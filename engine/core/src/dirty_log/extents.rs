@@ -321,7 +321,7 @@ impl DirtyLog {
 
     /// One block of the log for everyone who waits.
     pub(super) fn pump_log(&mut self) {
-        if !self.log_wanted || self.log_writing || self.loading.is_some() {
+        if !self.log_wanted || self.log_writing || !self.begun {
             return;
         }
         self.log_wanted = false;

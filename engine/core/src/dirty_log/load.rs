@@ -49,6 +49,7 @@ impl DirtyLog {
             first_block += blocks;
         }
         log.loading = Some(loading);
+        log.begun = false;
         log
     }
 
@@ -78,7 +79,9 @@ impl DirtyLog {
         self.life = life;
         self.next_seq = 1;
         self.logged.clear();
-        self.log_wanted = false;
+        self.begun = true;
+        self.log_wanted |= !self.extents.is_empty();
+        self.pump();
     }
 
     pub(super) fn log_slots_read(&mut self, first_slot: u64, bytes: &[u8]) {

@@ -19,6 +19,8 @@ mod extents;
 mod flushes;
 mod load;
 mod map;
+#[cfg(test)]
+mod model_test;
 mod resync;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
@@ -156,6 +158,8 @@ pub struct DirtyLog {
     next_seq: u64,
     proven: Proven,
     loading: Option<Loading>,
+    /// The life is this process's own: only then a block of the log may be written.
+    begun: bool,
     replayed_extents: u64,
     replayed_proven: Option<Proven>,
     log_was_empty: bool,
@@ -198,6 +202,7 @@ impl DirtyLog {
             next_seq: 1,
             proven: Proven::default(),
             loading: None,
+            begun: true,
             replayed_extents: 0,
             replayed_proven: None,
             log_was_empty: true,
