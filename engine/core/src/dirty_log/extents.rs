@@ -329,6 +329,8 @@ impl DirtyLog {
         let seq = self.next_seq;
         self.next_seq += 1;
         let slot = seq % u64::from(self.geometry.log_slots);
+        // From now on either block may be the one a crash leaves: only what both name is logged.
+        self.logged.retain(|number| self.extents.contains_key(number));
         let block = LogBlock { seq, proven: self.proven, extents: extents.clone() };
         let bytes = log_block::encode(self.instance, self.life, slot, &block);
         let offset_bytes = self.geometry.placement.log_slot_offset(slot);

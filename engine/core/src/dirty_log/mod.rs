@@ -165,7 +165,7 @@ pub struct DirtyLog {
     log_was_empty: bool,
     /// Active extents: those in the log, and those on the way in or out.
     extents: BTreeMap<u32, Extent>,
-    /// What the newest durable block of the log names.
+    /// What the newest durable block of the log names, and the one being written too.
     logged: BTreeSet<u32>,
     log_writing: bool,
     /// The set in memory differs from the log and someone wants it there.
