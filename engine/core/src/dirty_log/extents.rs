@@ -156,7 +156,6 @@ impl DirtyLog {
                 extent.last_use = clock;
                 extent.leaving = None;
                 set(&mut extent.busy, bits);
-                set(&mut extent.touched, bits);
             }
         });
         self.settling = false;

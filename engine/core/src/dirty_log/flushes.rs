@@ -126,10 +126,12 @@ impl DirtyLog {
     pub fn session_lost(&mut self) {
         self.marks.clear();
         for extent in self.extents.values_mut() {
-            let touched = std::mem::replace(&mut extent.touched, extent.busy);
+            let touched = std::mem::replace(&mut extent.touched, [0; EXTENT_WORDS]);
             let flushing = std::mem::replace(&mut extent.flushing, [0; EXTENT_WORDS]);
-            set(&mut extent.dirty, &touched);
-            set(&mut extent.dirty, &flushing);
+            let busy = extent.busy;
+            for open in [&touched, &flushing, &busy] {
+                set(&mut extent.dirty, open);
+            }
         }
         self.pump();
     }

@@ -159,7 +159,7 @@ impl DirtyLog {
         self.map.clear_all(floor);
         for extent in self.extents.values_mut() {
             extent.dirty = [0; EXTENT_WORDS];
-            extent.touched = extent.busy;
+            extent.touched = [0; EXTENT_WORDS];
             extent.flushing = [0; EXTENT_WORDS];
         }
         self.settle();
