@@ -126,6 +126,12 @@ impl DirtyLog {
         for (word, piece) in page.iter_mut().zip(bits.chunks_exact(8)) {
             *word = crate::format::seal::read_u64(piece, 0);
         }
+        // Copied before the peer marked it: it is to be copied again.
+        for (number, words) in (index * PAGE_EXTENTS..).zip(page.chunks_exact(EXTENT_WORDS)) {
+            let mut marked = [0; EXTENT_WORDS];
+            marked.copy_from_slice(words);
+            self.marks.forget(u32::try_from(number).unwrap_or(u32::MAX), &marked);
+        }
         self.map.take_merge(index, page);
         self.pump();
         Ok(())
