@@ -58,8 +58,6 @@ impl Extent {
 pub(super) struct Waiting {
     ticket: Ticket,
     range: ByteRange,
-    /// Its extents are brought in.
-    placed: bool,
 }
 
 impl DirtyLog {
@@ -76,7 +74,7 @@ impl DirtyLog {
             self.activate(range);
             return true;
         }
-        self.waiting.push_back(Waiting { ticket, range, placed: false });
+        self.waiting.push_back(Waiting { ticket, range });
         self.pump();
         false
     }
@@ -167,17 +165,16 @@ impl DirtyLog {
         if self.loading.is_some() {
             return;
         }
-        for at in 0..self.waiting.len() {
-            let waiting = self.waiting[at];
-            if waiting.placed {
-                continue;
-            }
+        while let Some(waiting) = self.waiting.get(self.placed).copied() {
             if !self.place(waiting.range) {
                 break;
             }
-            self.waiting[at].placed = true;
+            self.placed += 1;
+            self.ready_stale = true;
         }
-        self.let_ready();
+        if std::mem::take(&mut self.ready_stale) {
+            self.let_ready();
+        }
     }
 
     fn place(&mut self, range: ByteRange) -> bool {
@@ -207,14 +204,13 @@ impl DirtyLog {
 
     /// Writes whose extents are all durable begin, wherever they stand in the queue.
     fn let_ready(&mut self) {
-        let mut at = 0;
-        while at < self.waiting.len() {
-            let waiting = self.waiting[at];
-            if !waiting.placed || !self.is_logged(waiting.range) {
-                at += 1;
+        let placed: Vec<Waiting> = self.waiting.drain(..self.placed).collect();
+        let mut left = Vec::new();
+        for waiting in placed {
+            if !self.is_logged(waiting.range) {
+                left.push(waiting);
                 continue;
             }
-            self.waiting.remove(at);
             let (first, end) = self.block_span(waiting.range);
             let extents = &mut self.extents;
             for_extents(first, end, |number, _| {
@@ -225,11 +221,16 @@ impl DirtyLog {
             self.activate(waiting.range);
             self.ready.push_back(waiting.ticket);
         }
+        self.placed = left.len();
+        for waiting in left.into_iter().rev() {
+            self.waiting.push_front(waiting);
+        }
     }
 
     /// Cold extents begin to leave, the longest unused first; not those of the extents wanted.
     fn make_room(&mut self, missing: usize, keep_first: u64, keep_end: u64) {
-        let leaving = self.extents.values().filter(|e| e.leaving.is_some()).count();
+        let still = |number: &&u32| self.extents.get(*number).is_some_and(|e| e.leaving.is_some());
+        let leaving = self.leaving.iter().filter(still).count();
         if leaving >= missing {
             return;
         }
@@ -264,32 +265,32 @@ impl DirtyLog {
         let version = self.map.merge(number, &dirty);
         if let Some(extent) = self.extents.get_mut(&number) {
             extent.leaving = Some(version);
+            self.leaving.insert(number);
         }
     }
 
-    /// Extents whose marks are durable in the map leave.
-    pub(super) fn pump_retiring(&mut self) {
+    /// Extents whose marks are durable in the map leave; true if one did.
+    pub(super) fn pump_retiring(&mut self) -> bool {
         if self.settling || self.loading.is_some() {
             self.settle_more();
         }
-        let gone: Vec<u32> = self
-            .extents
-            .iter()
-            .filter(|(number, e)| {
-                let Some(version) = e.leaving else {
-                    return false;
-                };
-                let stays = !e.is_idle() || e.is_touched() || !is_clear(&e.dirty);
-                !stays && self.map.is_durable(place_in_page(**number).0, version)
-            })
-            .map(|(number, _)| *number)
-            .collect();
-        for number in &gone {
-            self.extents.remove(number);
-        }
-        if !gone.is_empty() && self.settling {
-            self.log_wanted = true;
-        }
+        let before = self.extents.len();
+        let (extents, map) = (&mut self.extents, &self.map);
+        // One that was wanted again is not leaving any more.
+        self.leaving.retain(|number| {
+            let Some((extent, version)) = extents.get(number).and_then(|e| Some((e, e.leaving?))) else {
+                return false;
+            };
+            let stays = !extent.is_idle() || extent.is_touched() || !is_clear(&extent.dirty);
+            let goes = !stays && map.is_durable(place_in_page(*number).0, version);
+            if goes {
+                extents.remove(number);
+            }
+            !goes
+        });
+        let gone = self.extents.len() < before;
+        self.log_wanted |= gone && self.settling;
+        gone
     }
 
     fn settle_more(&mut self) {
@@ -340,6 +341,7 @@ impl DirtyLog {
     pub(super) fn log_written(&mut self, _seq: u64, extents: Vec<u32>) {
         self.log_writing = false;
         self.logged = extents.into_iter().collect();
+        self.ready_stale = true;
         // An extent that left while the block was written comes back only by another block.
         let settled = self.settling && self.extents.is_empty() && !self.logged.is_empty();
         self.log_wanted |= settled;

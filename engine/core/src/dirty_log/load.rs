@@ -132,7 +132,6 @@ impl DirtyLog {
                 extent.dirty = ones(valid);
                 self.extents.insert(number, extent);
             }
-            self.pump_retiring();
         }
     }
 

@@ -171,6 +171,12 @@ pub struct DirtyLog {
     /// The set in memory differs from the log and someone wants it there.
     log_wanted: bool,
     waiting: VecDeque<extents::Waiting>,
+    /// So many of the first that wait have their extents brought in.
+    placed: usize,
+    /// More was logged or placed: some that wait may be ready.
+    ready_stale: bool,
+    /// Those that may be leaving.
+    leaving: BTreeSet<u32>,
     ready: VecDeque<Ticket>,
     /// The front waiter needs room that only a flush makes.
     room_needs_flush: bool,
@@ -211,6 +217,9 @@ impl DirtyLog {
             log_writing: false,
             log_wanted: false,
             waiting: VecDeque::new(),
+            placed: 0,
+            ready_stale: false,
+            leaving: BTreeSet::new(),
             ready: VecDeque::new(),
             room_needs_flush: false,
             settling: false,
@@ -281,14 +290,16 @@ impl DirtyLog {
     fn pump(&mut self) {
         self.pump_load();
         self.pump_retiring();
+        self.finish_load();
         self.pump_waiting();
         // Room that was made without any write is there at once.
-        self.pump_retiring();
-        self.pump_waiting();
+        while self.pump_retiring() {
+            self.finish_load();
+            self.pump_waiting();
+        }
         self.pump_clears();
         self.pump_map();
         self.pump_log();
-        self.finish_load();
     }
 
     /// Blocks of the volume.
