@@ -348,13 +348,14 @@ impl Map {
         self.floor = floor;
         self.counts.fill(0);
         self.durable.fill(0);
-        self.on_disk.fill(0);
         self.total = 0;
         self.summary_changed.clear();
     }
 
     fn forget_pages(&mut self) {
         self.round += 1;
+        // What is on its way may land after this: nothing on disk is relied upon until it is written again.
+        self.on_disk.fill(0);
         self.pages.clear();
         self.changed.clear();
         self.wanted.clear();
@@ -400,9 +401,7 @@ impl Map {
         self.summary_writing.remove(&block);
         if round != self.round {
             // What landed is of an earlier round: say it again.
-            if self.counts_of(block).iter().any(|c| *c != 0) {
-                self.summary_changed.insert(block);
-            }
+            self.summary_changed.insert(block);
             return;
         }
         let first = at(block * SUMMARY_COUNTS);
