@@ -6,8 +6,8 @@ use super::{
     DirtyLog, EXTENT_WORDS, ExtentBits, LogGeometry, MetaOp, OpKind, count, is_clear, place_in_page, set,
 };
 use crate::format::map_page::{
-    COUNT_FULL, PAGE_BLOCKS, PAGE_WORDS, SUMMARY_COUNTS, decode_page, decode_summary, encode_page,
-    encode_summary,
+    COUNT_FULL, PAGE_BLOCKS, PAGE_EXTENTS, PAGE_WORDS, SUMMARY_COUNTS, decode_page, decode_summary,
+    encode_page, encode_summary,
 };
 
 /// The bits of one page.
@@ -261,9 +261,7 @@ impl Map {
 
     /// Everything up to this version of the page is durable, and the summary says so.
     pub(super) fn is_durable(&self, page: u64, version: u64) -> bool {
-        let waits = self.later.keys().any(|extent| place_in_page(*extent).0 == page)
-            || self.merges.contains_key(&page);
-        if waits {
+        if self.waits_in(page) {
             return false;
         }
         let needed = self.pages.get(&page).map_or(0, |own| own.version.min(version));
@@ -290,7 +288,7 @@ impl Map {
     }
 
     pub(super) fn can_take_merge(&self) -> bool {
-        self.merges.len() < MERGES_MAX
+        self.merges.len() < MERGES_MAX && self.changed.len() < PAGES_MAX
     }
 
     pub(super) fn take_merge(&mut self, page: u64, mut bits: Box<PageBits>) {
@@ -313,12 +311,10 @@ impl Map {
 
     /// Marks of a page that are not in it yet.
     pub(super) fn waiting_bits(&self, page: u64, into: &mut PageBits) {
-        for (extent, bits) in &self.later {
-            let (own, first) = place_in_page(*extent);
-            if own == page {
-                for (word, other) in into[first..first + EXTENT_WORDS].iter_mut().zip(bits) {
-                    *word |= other;
-                }
+        for (extent, bits) in self.later.range(extents_of_page(page)) {
+            let (_, first) = place_in_page(*extent);
+            for (word, other) in into[first..first + EXTENT_WORDS].iter_mut().zip(bits) {
+                *word |= other;
             }
         }
         if let Some(bits) = self.merges.get(&page) {
@@ -329,7 +325,17 @@ impl Map {
     }
 
     pub(super) fn waits_in(&self, page: u64) -> bool {
-        self.merges.contains_key(&page) || self.later.keys().any(|e| place_in_page(*e).0 == page)
+        self.merges.contains_key(&page) || self.later.range(extents_of_page(page)).next().is_some()
+    }
+
+    /// The first page at or after `from` with marks in it or waiting for it.
+    pub(super) fn next_marked(&self, from: u64) -> Option<u64> {
+        let rest = self.counts.get(at(from)..).unwrap_or_default();
+        let counted = (from..).zip(rest).find(|(_, count)| **count > 0).map(|(page, _)| page);
+        let first = extents_of_page(from).start;
+        let later = self.later.range(first..).next().map(|(extent, _)| place_in_page(*extent).0);
+        let merged = self.merges.range(from..).next().map(|(page, _)| *page);
+        [counted, later, merged].into_iter().flatten().min()
     }
 
     /// Every block is marked.
@@ -363,14 +369,17 @@ impl Map {
         self.merges.clear();
     }
 
-    pub(super) fn page_read(&mut self, instance: u128, page: u64, bytes: &[u8]) {
+    pub(super) fn page_read(&mut self, instance: u128, page: u64, round: u64, bytes: &[u8]) {
         self.reading.remove(&page);
+        if round != self.round {
+            return;
+        }
         // Changed as a whole meanwhile: what was read is not the page any more.
         if self.pages.contains_key(&page) || self.count(page) == 0 || self.count(page) == self.valid(page) {
             return;
         }
         let (mut bits, seen) = decode_page(instance, page, self.floor, bytes);
-        self.next_counter = self.next_counter.max(seen + 1);
+        self.next_counter = self.next_counter.max(seen.saturating_add(1));
         for (word, valid) in bits.iter_mut().zip(self.full(page).iter()) {
             *word &= valid;
         }
@@ -420,7 +429,7 @@ impl Map {
     pub(super) fn summary_read(&mut self, instance: u128, first_block: u64, bytes: &[u8]) {
         for (block, piece) in (first_block..).zip(bytes.chunks(crate::format::seal::BLOCK_LEN)) {
             let (counts, seen) = decode_summary(instance, block, self.floor, piece);
-            self.next_counter = self.next_counter.max(seen + 1);
+            self.next_counter = self.next_counter.max(seen.saturating_add(1));
             for (page, coded) in (block * SUMMARY_COUNTS..).zip(counts) {
                 if page >= self.page_count() {
                     break;
@@ -496,7 +505,8 @@ impl DirtyLog {
         self.map.apply_later();
         for page in self.map.next_reads() {
             let offset_bytes = self.geometry.placement.page_offset(page);
-            self.push_op(OpKind::PageRead { page }, MetaOp::Read { offset_bytes, length_bytes: 4096 });
+            let kind = OpKind::PageRead { page, round: self.map.round };
+            self.push_op(kind, MetaOp::Read { offset_bytes, length_bytes: 4096 });
         }
         while let Some((page, coded, bytes)) = self.map.next_page_write(self.instance) {
             let offset_bytes = self.geometry.placement.page_offset(page);
@@ -519,6 +529,12 @@ impl DirtyLog {
             }
         }
     }
+}
+
+/// The numbers of a page's extents.
+pub(super) fn extents_of_page(page: u64) -> std::ops::Range<u32> {
+    let number = |page: u64| u32::try_from(page.saturating_mul(PAGE_EXTENTS)).unwrap_or(u32::MAX);
+    number(page)..number(page.saturating_add(1))
 }
 
 fn at(page: u64) -> usize {

@@ -142,7 +142,7 @@ pub struct BadPage {
 #[derive(Clone, PartialEq, Eq, Debug)]
 enum OpKind {
     Log { seq: u64, extents: Vec<u32> },
-    PageRead { page: u64 },
+    PageRead { page: u64, round: u64 },
     PageWrite { page: u64, count: u16, round: u64 },
     SummaryWrite { block: u64, round: u64, counts: Vec<u16> },
     LoadLog { first_slot: u64 },
@@ -257,7 +257,7 @@ impl DirtyLog {
         };
         match kind {
             OpKind::Log { seq, extents } => self.log_written(seq, extents),
-            OpKind::PageRead { page } => self.map.page_read(self.instance, page, &bytes),
+            OpKind::PageRead { page, round } => self.map.page_read(self.instance, page, round, &bytes),
             OpKind::PageWrite { page, count, round } => self.map.page_written(page, count, round),
             OpKind::SummaryWrite { block, round, counts } => self.map.summary_written(block, round, &counts),
             OpKind::LoadLog { first_slot } => self.log_slots_read(first_slot, &bytes),

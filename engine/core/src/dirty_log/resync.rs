@@ -1,7 +1,7 @@
 //! Marks as the resync sees them: found, sent, merged, set and cleared as a whole.
 
-use super::map::PageBits;
-use super::{BadPage, DirtyLog, EXTENT_WORDS, NextDirty, NextPage, count, place_in_page};
+use super::map::{PageBits, extents_of_page};
+use super::{BadPage, DirtyLog, EXTENT_WORDS, NextDirty, NextPage, count, is_clear, place_in_page};
 use crate::format::map_page::{PAGE_BLOCKS, PAGE_BYTES, PAGE_EXTENTS, PAGE_WORDS};
 
 impl DirtyLog {
@@ -30,17 +30,18 @@ impl DirtyLog {
     pub fn next_dirty(&mut self, from_block: u64, max_blocks: u64) -> NextDirty {
         let mut page = from_block / PAGE_BLOCKS;
         let mut first = from_block % PAGE_BLOCKS;
-        while page < self.map.page_count() {
-            if self.has_marks(page, false) {
-                let Some(mut bits) = self.compose(page, false) else {
-                    return NextDirty::Loading;
-                };
-                self.without_copied(page, &mut bits);
-                if let Some((start, blocks)) = run(&bits, first, max_blocks.max(1)) {
-                    return NextDirty::Run { first_block: page * PAGE_BLOCKS + start, blocks };
-                }
+        while let Some(marked) = self.next_marked(page, false) {
+            if marked > page {
+                first = 0;
             }
-            page += 1;
+            let Some(mut bits) = self.compose(marked, false) else {
+                return NextDirty::Loading;
+            };
+            self.without_copied(marked, &mut bits);
+            if let Some((start, blocks)) = run(&bits, first, max_blocks.max(1)) {
+                return NextDirty::Run { first_block: marked * PAGE_BLOCKS + start, blocks };
+            }
+            page = marked + 1;
             first = 0;
         }
         NextDirty::End
@@ -48,10 +49,7 @@ impl DirtyLog {
 
     /// The next page with marks at or after `from_page`, blocks not flushed on both included.
     pub fn next_page(&mut self, from_page: u64) -> NextPage {
-        for page in from_page..self.map.page_count() {
-            if !self.has_marks(page, true) {
-                continue;
-            }
+        if let Some(page) = self.next_marked(from_page, true) {
             let Some(bits) = self.compose(page, true) else {
                 return NextPage::Loading;
             };
@@ -64,20 +62,18 @@ impl DirtyLog {
         NextPage::End
     }
 
-    fn has_marks(&self, page: u64, touched: bool) -> bool {
-        let extents = self.extents_of(page);
-        self.map.count(page) > 0
-            || self.map.waits_in(page)
-            || extents.into_iter().any(|(_, e)| {
-                e.dirty.iter().any(|w| *w != 0)
-                    || (touched && (e.is_touched() || e.busy.iter().any(|w| *w != 0)))
-            })
+    /// The first page at or after `from` that may have marks, in the map or in active extents.
+    fn next_marked(&self, from: u64, touched: bool) -> Option<u64> {
+        let marked =
+            |e: &super::Extent| !is_clear(&e.dirty) || (touched && (e.is_touched() || !is_clear(&e.busy)));
+        let first = extents_of_page(from).start;
+        let active = self.extents.range(first..).find(|(_, e)| marked(e)).map(|(n, _)| place_in_page(*n).0);
+        let page = self.map.next_marked(from).into_iter().chain(active).min()?;
+        (page < self.map.page_count()).then_some(page)
     }
 
     fn extents_of(&self, page: u64) -> impl IntoIterator<Item = (&u32, &super::Extent)> {
-        let first = u32::try_from(page * PAGE_EXTENTS).unwrap_or(u32::MAX);
-        let end = u32::try_from((page + 1) * PAGE_EXTENTS).unwrap_or(u32::MAX);
-        self.extents.range(first..end)
+        self.extents.range(extents_of_page(page))
     }
 
     /// The page with the marks of its active extents; `None` while it is being read.
@@ -104,8 +100,7 @@ impl DirtyLog {
         if self.marks.is_empty() {
             return;
         }
-        let first = u32::try_from(page * PAGE_EXTENTS).unwrap_or(u32::MAX);
-        for number in first..first + PAGE_EXTENTS as u32 {
+        for number in extents_of_page(page) {
             let copied = self.marks.copied_of(number);
             let (_, at) = place_in_page(number);
             for (word, other) in bits[at..at + EXTENT_WORDS].iter_mut().zip(&copied) {
