@@ -132,6 +132,8 @@ struct World {
     cursor: u64,
     clock: u64,
     lives: u64,
+    /// Begins as the source of a full copy, and copies much.
+    resync: bool,
 }
 
 /// Blocks whose truth is followed: edges of words, extents, pages and the volume.
@@ -186,6 +188,7 @@ impl World {
             cursor: 0,
             clock: 0,
             lives: 1,
+            resync: seed % 4 == 0,
         }
     }
 
@@ -653,6 +656,18 @@ impl World {
 
     fn step(&mut self) {
         self.clock += 1;
+        if self.resync && self.session && self.random.one_in(2) {
+            return match self.random.below(8) {
+                0 | 1 => self.copy(),
+                2 => self.copied(),
+                3 => self.flush(),
+                4 => self.flushed(),
+                5 => self.try_crash(),
+                _ => {
+                    self.complete_op();
+                }
+            };
+        }
         match self.random.below(200) {
             0..50 => self.begin(),
             50..85 => self.end(),
@@ -752,6 +767,12 @@ fn run(seed: u64) {
     if world.random.one_in(2) {
         world.quiet();
         world.session = world.random.one_in(2);
+    }
+    if world.resync {
+        world.quiet();
+        world.session = true;
+        world.set_all();
+        world.quiet();
     }
     for _ in 0..STEPS {
         world.step();
