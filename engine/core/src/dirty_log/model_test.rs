@@ -786,17 +786,14 @@ fn run_many(first: u64, count: u64) {
     }
 }
 
+/// `DUPLEX_LOG_SEEDS=N` runs more seeds, `DUPLEX_LOG_SEED=S` only that one.
 #[test]
 fn whatever_may_differ_is_marked() {
-    let count = std::env::var("DUPLEX_LOG_SEEDS").ok().and_then(|n| n.parse().ok()).unwrap_or(2000);
-    run_many(1, count);
-}
-
-#[test]
-#[ignore = "one seed, to look at"]
-fn one_seed() {
-    let seed = std::env::var("DUPLEX_LOG_SEED").ok().and_then(|n| n.parse().ok()).unwrap_or(1);
-    run(seed);
+    let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse().ok());
+    match number("DUPLEX_LOG_SEED") {
+        Some(seed) => run(seed),
+        None => run_many(1, number("DUPLEX_LOG_SEEDS").unwrap_or(2000)),
+    }
 }
 
 /// Looked at by hand: `cargo test --release -p duplex-core --lib -- --ignored --nocapture cost_of`.
