@@ -56,11 +56,30 @@ impl Server {
                 self.full_copy(token, volume, target_is_me);
             }
             Operator::Resolve { victim } => self.resolve(token, &victim),
-            Operator::Detach(volume) => {
-                self.order(volume, Order::Fail { errno: ENODEV });
-                self.answer(token, Ok("detached".to_owned()));
-            }
+            Operator::Detach(volume) => self.detach(token, volume),
         }
+    }
+
+    /// The local copy is given up. A server that does not serve lets its backing go at once.
+    fn detach(&mut self, token: OperatorToken, index: VolumeIndex) {
+        let lets_go = self.serving == Serving::No;
+        let Some(volume) = self.volumes.get_mut(usize::from(index.0)) else {
+            return;
+        };
+        if volume.gone {
+            return self.answer(token, Ok("detached already".to_owned()));
+        }
+        volume.gone = lets_go;
+        if lets_go {
+            self.on_my_copy_failed(usize::from(index.0), ENODEV, None);
+        }
+        self.order(index, Order::Fail { errno: ENODEV });
+        self.answer(token, Ok("detached".to_owned()));
+    }
+
+    /// True when a volume's backing may be closed: it was detached and nothing here needs it.
+    pub fn lets_go(&self, index: VolumeIndex) -> bool {
+        self.volumes.get(usize::from(index.0)).is_some_and(|v| v.gone)
     }
 
     /// First start of a new pair: this server's blank copies get an identity, the peer copies everything.

@@ -97,7 +97,9 @@ impl Server {
     }
 
     pub(super) fn mirrored_noted(&mut self, id: SessionId, epoch: Epoch) {
-        if self.session.as_ref().is_none_or(|s| s.id != id) {
+        let stands =
+            self.session.as_ref().is_some_and(|s| s.id == id && matches!(s.phase, Phase::Syncing { .. }));
+        if !stands {
             return;
         }
         self.send(ControlMessage::MirroredAck { epoch });

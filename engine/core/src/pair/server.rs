@@ -34,6 +34,8 @@ pub(super) struct VolumeState {
     pub(super) facts: Option<Facts>,
     pub(super) unusable: Option<(&'static str, String)>,
     pub(super) failed: Option<i32>,
+    /// Detached, and its backing let go: nothing answers for it.
+    pub(super) gone: bool,
 }
 
 /// A volume as the status page shows it.
@@ -430,7 +432,7 @@ impl Server {
             }
             Report::Recorded { tag, copy } => {
                 self.set_copy(at, *copy);
-                self.on_recorded(tag);
+                self.on_recorded(at, tag);
             }
             Report::Synced => self.on_synced(at),
             Report::Adopted { copy } => {
@@ -442,7 +444,7 @@ impl Server {
                     facts.dirty_blocks = blocks;
                 }
             }
-            Report::Drained { tag } => self.on_recorded(tag),
+            Report::Drained { tag } => self.on_recorded(at, tag),
             Report::CopyFailed { whose, errno, range } => match whose {
                 Whose::Mine => self.on_my_copy_failed(at, errno, range),
                 Whose::Peers => self.on_peer_copy_failed(at, errno),

@@ -105,6 +105,9 @@ impl Server {
 
     /// This server's disk failed.
     pub(super) fn on_my_copy_failed(&mut self, at: usize, errno: i32, range: Option<ByteRange>) {
+        if self.volumes[at].failed.is_some() {
+            return;
+        }
         self.volumes[at].failed = Some(errno);
         self.eligible = false;
         let place = range.map_or_else(String::new, |r| format!(" at {r}"));

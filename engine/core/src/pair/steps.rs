@@ -69,7 +69,8 @@ pub(super) enum Step {
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(super) struct Pending {
     pub(super) tag: u64,
-    pub(super) left: usize,
+    /// Volumes whose answer is still awaited.
+    pub(super) waits: Vec<bool>,
     pub(super) step: Step,
 }
 
@@ -98,16 +99,21 @@ impl Server {
     pub(super) fn begin_step(&mut self, step: Step) -> u64 {
         self.record.counter += 1;
         let tag = self.tag();
-        self.pending.push_back(Pending { tag, left: self.volumes.len(), step });
+        // A volume whose thread was let go for a new disk answers nothing.
+        let waits = self.volumes.iter().map(|v| !v.gone).collect();
+        self.pending.push_back(Pending { tag, waits, step });
         tag
     }
 
-    pub(super) fn on_recorded(&mut self, tag: u64) {
+    /// A volume answered an order with this tag.
+    pub(super) fn on_recorded(&mut self, volume: usize, tag: u64) {
         let Some(at) = self.pending.iter().position(|p| p.tag == tag) else {
             return;
         };
-        self.pending[at].left -= 1;
-        if self.pending[at].left > 0 {
+        if let Some(waits) = self.pending[at].waits.get_mut(volume) {
+            *waits = false;
+        }
+        if self.pending[at].waits.contains(&true) {
             return;
         }
         let Some(pending) = self.pending.remove(at) else {

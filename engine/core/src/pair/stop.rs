@@ -30,6 +30,9 @@ impl Server {
         if !self.loaded {
             return self.stopped();
         }
+        if self.volumes.iter().all(|v| v.gone) {
+            return self.stopped();
+        }
         let tag = self.begin_step(Step::DrainedForStop);
         self.order_all(&Order::Drain { tag });
     }

@@ -148,6 +148,7 @@ impl Daemon {
         let token = self.token();
         self.answers.insert(token, reply);
         self.feed(Input::Operator(token, operator));
+        self.let_go();
     }
 
     /// What the core is asked, or the answer where the core is not asked.
@@ -202,6 +203,18 @@ impl Daemon {
             Command::Dump { volume } => {
                 let index = self.volume_named(volume)?;
                 Err(self.dump(index))
+            }
+        }
+    }
+
+    /// Ends the threads of detached volumes: their backings are free for `duplex create`.
+    fn let_go(&mut self) {
+        for at in 0..self.volumes.len() {
+            if self.server.lets_go(super::page::index(at))
+                && let Some(volume) = self.volumes[at].take()
+            {
+                self.expected_ends += 1;
+                volume.send(VolumeCommand::Stop);
             }
         }
     }

@@ -28,7 +28,7 @@ pub(crate) fn run(cli: Cli) -> Result<Exit, Failure> {
     match cli.verb {
         Verb::Check => local::check(&common, &run_dir),
         Verb::Secret { verb } => local::secret(&common, &verb),
-        Verb::Create(options) => offline::create(&common, &run_dir, &options),
+        Verb::Create(options) => offline::create(&common, &options),
         Verb::Compare { file_a, file_b } => offline::compare(&common, &file_a, &file_b),
         Verb::Dump(options) => offline::dump(&common, &run_dir, &options),
         Verb::Generate { kind, dir } => generate::generate(kind, &dir).map(|()| Exit::Done),

@@ -22,14 +22,11 @@ fn volume<'a>(config: &'a Config, name: &str) -> Result<&'a Volume, Failure> {
     })
 }
 
-pub(crate) fn create(common: &Common, run_dir: &RunDir, options: &Create) -> Result<Exit, Failure> {
+pub(crate) fn create(common: &Common, options: &Create) -> Result<Exit, Failure> {
     let config = Config::load(&common.config, common.server.as_deref())?;
     let volumes: Result<Vec<&Volume>, Failure> =
         options.volumes.iter().map(|name| volume(&config, name)).collect();
     let volumes = volumes?;
-    if std::os::unix::net::UnixStream::connect(run_dir.control()).is_ok() {
-        return Err(Failure::refused("the daemon runs; stop it with `duplex down` before `duplex create`"));
-    }
     let area = match (options.overwrite_data, options.keep_data) {
         (true, _) => DataArea::Overwrite,
         (false, true) => DataArea::Keep,
