@@ -1,5 +1,7 @@
 //! The holder: keeps the devices' descriptors while the daemon restarts.
 
+use duplex_frontend::holder::{HolderError, run_holder};
+
 use crate::config::RunDir;
 use crate::failure::Failure;
 
@@ -15,6 +17,11 @@ pub struct Options {
 /// # Errors
 /// Why it could not start.
 pub fn run(options: &Options) -> Result<(), Failure> {
-    let socket = options.run_dir.holder();
-    Err(Failure::failed(format!("{}: this build has no holder; build the daemon whole", socket.display())))
+    run_holder(&options.run_dir.holder()).map_err(|error| match error {
+        HolderError::AlreadyRuns { .. } => Failure::refused(error.to_string()),
+        HolderError::System { .. }
+        | HolderError::Refused { .. }
+        | HolderError::Garbled { .. }
+        | HolderError::Ended { .. } => Failure::failed(error.to_string()),
+    })
 }

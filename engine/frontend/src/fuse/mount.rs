@@ -107,9 +107,24 @@ impl Connection {
         connection_is_alive(self.descriptor.as_fd())
     }
 
+    /// Number of the file system, as [`crate::loopdev::LoopDevice::file_system`] has it. `None` where the kernel does not
+    /// tell (before Linux 6.10).
+    pub fn file_system(&self) -> Option<u64> {
+        let path = format!("/proc/self/fdinfo/{}", self.descriptor.as_raw_fd());
+        file_system_in(&std::fs::read_to_string(path).ok()?)
+    }
+
     pub(super) fn into_descriptor(self) -> OwnedFd {
         self.descriptor
     }
+}
+
+/// `fuse_connection: N`, where N is the kernel's device number; the loop device's status has the one of user space.
+fn file_system_in(information: &str) -> Option<u64> {
+    let line = information.lines().find_map(|line| line.strip_prefix("fuse_connection:"))?;
+    let kernel: u64 = line.trim().parse().ok()?;
+    let (major, minor) = (kernel >> 20, kernel & 0xf_ffff);
+    Some((minor & 0xff) | (major << 8) | ((minor & !0xff) << 12))
 }
 
 /// True while the file system behind a `/dev/fuse` descriptor exists: its loop device still has it open, and nobody
@@ -223,4 +238,16 @@ fn initialise(volume: &str, device: BorrowedFd<'_>) -> Result<Agreed, FuseError>
     rustix::io::writev(device, &[IoSlice::new(reply.as_bytes())])
         .map_err(|errno| no_init(format!("answer: {errno}")))?;
     Ok(agreed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_file_system_s_number_is_read_as_user_space_has_it() {
+        assert_eq!(file_system_in("pos:\t0\nfuse_connection:\t56\n"), Some(56));
+        assert_eq!(file_system_in("fuse_connection:\t300\n"), Some(0x10_002c));
+        assert_eq!(file_system_in("pos:\t0\n"), None);
+    }
 }

@@ -1,15 +1,20 @@
 //! The volumes' block devices: a FUSE file under a loop device, with a link that operators use.
 
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
 
 use duplex_core::ids::VolumeIndex;
 use duplex_core::pair::api::Input;
-use duplex_frontend::fuse::FuseMount;
+use duplex_frontend::fuse::{Connection, FuseEnd, FuseMount};
 use duplex_frontend::loopdev::{
     DetachMode, LoopDevice, LoopOptions, is_available, make_device_link, remove_device_link, set_up_device,
 };
 use duplex_frontend::nbd::{ListenAddress, Network};
+use tokio::sync::mpsc;
 
+use super::keeper::Keeper;
 use super::run::Daemon;
 use crate::config::{Config, Frontend, Metadata, Nbd, RunDir};
 use crate::control::api::Answer;
@@ -20,6 +25,8 @@ use crate::volume::{NbdSettings, Settings, VolumeCommand, VolumeHandle, place, s
 pub(super) struct Made {
     device: LoopDevice,
     link: PathBuf,
+    /// Of the FUSE connection, in this process.
+    number: u64,
 }
 
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -30,10 +37,24 @@ enum DeviceState {
     Removing,
 }
 
+/// What making a device needs.
+struct Making {
+    options: LoopOptions,
+    directory: PathBuf,
+    volume: VolumeHandle,
+    keeper: Arc<Keeper>,
+    number: u64,
+}
+
+/// At the end of the process, a device that is being made or removed is waited for this long.
+const END_WAIT: Duration = Duration::from_secs(5);
+
 /// What the helper threads tell the main loop.
 #[derive(Debug)]
 pub(super) enum DeviceEvent {
     Made(usize, Result<Made, String>),
+    /// A device is there, but a restart will end it.
+    NotKept(usize, String),
     Removed(usize, Result<(), String>),
 }
 
@@ -43,11 +64,13 @@ pub(super) struct Device {
     name: String,
     state: DeviceState,
     wanted: bool,
+    /// A predecessor's, whose requests wait until this server's role is known.
+    adopted: bool,
 }
 
 impl Device {
     pub(super) fn new(name: &str) -> Self {
-        Self { name: name.to_owned(), state: DeviceState::None, wanted: false }
+        Self { name: name.to_owned(), state: DeviceState::None, wanted: false, adopted: false }
     }
 
     /// The link that operators use, while there is a device.
@@ -62,6 +85,10 @@ impl Device {
 impl Daemon {
     /// The volume serves from now on, or does not.
     pub(super) fn device_wanted(&mut self, at: usize, wanted: bool) {
+        if !wanted && self.leaving_devices {
+            return;
+        }
+        self.devices[at].adopted = false;
         let device_frontend = match self.config.volumes[at].frontend {
             Frontend::Auto => is_available(),
             Frontend::Fuse => true,
@@ -80,11 +107,19 @@ impl Daemon {
         match (&device.state, device.wanted) {
             (DeviceState::None, true) => {
                 device.state = DeviceState::Making;
+                self.next_connection += 1;
                 let sector_bytes = volume.shared.snapshot().copy.map_or(4096, |c| c.sector_bytes);
-                let options = LoopOptions { volume: device.name.clone(), sector_bytes, read_only: false };
-                let directory = self.run_dir.device_dir();
+                let making = Making {
+                    options: LoopOptions { volume: device.name.clone(), sector_bytes, read_only: false },
+                    directory: self.run_dir.device_dir(),
+                    volume,
+                    keeper: Arc::clone(&self.keeper),
+                    number: self.next_connection,
+                };
                 tokio::task::spawn_blocking(move || {
-                    let made = make(&options, &directory, &volume);
+                    let made = make(&making, |text| {
+                        let _ = events.blocking_send(DeviceEvent::NotKept(at, text));
+                    });
                     let _ = events.blocking_send(DeviceEvent::Made(at, made));
                 });
             }
@@ -93,8 +128,9 @@ impl Daemon {
                 let name = device.name.clone();
                 device.state = DeviceState::Removing;
                 let directory = self.run_dir.device_dir();
+                let keeper = Arc::clone(&self.keeper);
                 tokio::task::spawn_blocking(move || {
-                    let removed = remove(&made, &name, &directory, &volume);
+                    let removed = remove(&made, &name, &directory, &volume, &keeper);
                     let _ = events.blocking_send(DeviceEvent::Removed(at, removed));
                 });
             }
@@ -111,6 +147,11 @@ impl Daemon {
                 self.devices[at].state = DeviceState::Up(made);
                 self.note("device-up", text, "the volume is served here");
                 self.step_device(at);
+            }
+            DeviceEvent::NotKept(at, text) => {
+                let name = &self.devices[at].name;
+                let text = format!("volume {name}: a restart of this daemon will end its device: {text}");
+                self.note("trouble", text, "device");
             }
             DeviceEvent::Made(at, Err(text)) => {
                 self.devices[at].state = DeviceState::None;
@@ -130,24 +171,117 @@ impl Daemon {
         }
     }
 
-    /// A restarted daemon finds what its predecessor left.
+    /// The FUSE connection ended by itself: the device is made again, if the volume still serves.
+    pub(super) fn fuse_ended(&mut self, at: usize, number: u64, end: FuseEnd) {
+        let (DeviceState::Up(made), Some(volume)) = (&self.devices[at].state, self.volumes[at].clone())
+        else {
+            return;
+        };
+        if made.number != number {
+            return;
+        }
+        let made = made.clone();
+        let name = self.devices[at].name.clone();
+        self.note("trouble", format!("volume {name}: {}: {end}", made.link.display()), "device");
+        self.devices[at].state = DeviceState::Removing;
+        let events = self.device_events.clone();
+        let directory = self.run_dir.device_dir();
+        let keeper = Arc::clone(&self.keeper);
+        tokio::task::spawn_blocking(move || {
+            let removed = remove(&made, &name, &directory, &volume, &keeper);
+            let _ = events.blocking_send(DeviceEvent::Removed(at, removed));
+        });
+    }
+
+    /// A restarted daemon finds what its predecessor left: devices whose connection lives go on, the others end.
     pub(super) fn adopt_devices(&mut self) {
         for at in 0..self.devices.len() {
-            let name = &self.devices[at].name;
-            let link = self.run_dir.device(name);
-            let Ok(target) = std::fs::read_link(&link) else {
-                continue;
-            };
-            for old in LoopDevice::find(name, None) {
-                if old.path() == target
-                    && let Err(error) = old.detach(DetachMode::WhenClosed)
-                {
-                    tracing::warn!("{error}");
+            let name = self.devices[at].name.clone();
+            let connection = match self.keeper.take(&name) {
+                Ok(descriptor) => descriptor.and_then(|descriptor| Connection::resumed(descriptor).ok()),
+                Err(error) => {
+                    self.note("trouble", error.to_string(), "device");
+                    None
                 }
+            };
+            let target = std::fs::read_link(self.run_dir.device(&name)).ok();
+            match connection {
+                Some(connection) => self.adopt_device(at, connection, target),
+                None => self.drop_device(&name, target),
             }
-            if let Err(error) = remove_device_link(&self.run_dir.device_dir(), name, &target) {
+        }
+    }
+
+    /// The connection lives: its requests wait until the volume serves.
+    fn adopt_device(&mut self, at: usize, connection: Connection, target: Option<PathBuf>) {
+        let name = self.devices[at].name.clone();
+        let file_system = connection.file_system();
+        let found = LoopDevice::find(&name, file_system).into_iter();
+        // Where the kernel does not tell the number, the link says which device it is.
+        let mut found =
+            found.filter(|device| file_system.is_some() || Some(device.path()) == target.as_deref());
+        let (Some(device), Some(volume)) = (found.next(), self.volumes[at].clone()) else {
+            drop(connection);
+            self.keeper.forget(&name);
+            return self.drop_device(&name, target);
+        };
+        self.next_connection += 1;
+        let number = self.next_connection;
+        match make_device_link(&self.run_dir.device_dir(), &name, device.path()) {
+            Ok(link) => {
+                let text = format!("volume {name}: {} goes on", link.display());
+                self.devices[at].state = DeviceState::Up(Made { device, link, number });
+                self.devices[at].wanted = true;
+                self.devices[at].adopted = true;
+                volume.send(VolumeCommand::Fuse(connection, number));
+                self.note("device-kept", text, "the daemon was started again");
+            }
+            Err(error) => self.note("trouble", error.to_string(), "device"),
+        }
+    }
+
+    /// The connection is dead: its device answers EIO and is taken away.
+    fn drop_device(&mut self, name: &str, target: Option<PathBuf>) {
+        let Some(target) = target else {
+            return;
+        };
+        for old in LoopDevice::find(name, None) {
+            if old.path() == target
+                && let Err(error) = old.detach(DetachMode::WhenClosed)
+            {
                 tracing::warn!("{error}");
             }
+        }
+        if let Err(error) = remove_device_link(&self.run_dir.device_dir(), name, &target) {
+            tracing::warn!("{error}");
+        }
+    }
+
+    /// A restarted primary whose peer took over meanwhile: what waits in its devices fails, and they go.
+    pub(super) fn settle_adopted(&mut self) {
+        if !self.devices.iter().any(|device| device.adopted) || !self.peer_serves() {
+            return;
+        }
+        for at in 0..self.devices.len() {
+            if self.devices[at].adopted {
+                if let Some(volume) = &self.volumes[at] {
+                    volume.send(VolumeCommand::FuseRefuse);
+                }
+                self.device_wanted(at, false);
+            }
+        }
+    }
+
+    fn peer_serves(&self) -> bool {
+        let live = self.server.session_view().and_then(|session| session.peer_live);
+        self.server.role_word() == "secondary" && live.is_some_and(super::page::is_primary)
+    }
+
+    /// This process ends and a successor is to go on with the devices: requests wait for it.
+    pub(super) fn leave_devices(&mut self) {
+        self.leaving_devices = true;
+        for volume in self.volumes.iter().flatten() {
+            volume.send(VolumeCommand::FuseHold);
         }
     }
 
@@ -175,24 +309,30 @@ impl Daemon {
         }
     }
 
-    /// At the end of the process: what nobody keeps is taken away.
-    pub(super) async fn end_devices(&mut self) {
-        let directory = self.run_dir.device_dir();
-        let mut left = Vec::new();
-        for (device, volume) in self.devices.iter_mut().zip(&self.volumes) {
-            if let (DeviceState::Up(made), Some(volume)) = (&device.state, volume) {
-                left.push((made.clone(), device.name.clone(), volume.clone()));
-                device.state = DeviceState::None;
-            }
+    /// At the end of the process: after `down` nothing is left; else the holder keeps the devices.
+    pub(super) async fn end_devices(&mut self, events: &mut mpsc::Receiver<DeviceEvent>) {
+        if self.leaving_devices {
+            return;
         }
-        let task = tokio::task::spawn_blocking(move || {
-            for (made, name, volume) in left {
-                if let Err(text) = remove(&made, &name, &directory, &volume) {
-                    tracing::warn!("{text}");
+        for device in &mut self.devices {
+            device.wanted = false;
+        }
+        for at in 0..self.devices.len() {
+            self.step_device(at);
+        }
+        let gone = async {
+            while self.devices.iter().any(|device| device.state != DeviceState::None) {
+                match events.recv().await {
+                    Some(event) => self.on_device(event),
+                    None => break,
                 }
             }
-        });
-        let _ = task.await;
+        };
+        if tokio::time::timeout(END_WAIT, gone).await.is_err() {
+            tracing::warn!("a device is still in use: it ends with this process, its users get EIO");
+        }
+        let keeper = Arc::clone(&self.keeper);
+        let _ = tokio::task::spawn_blocking(move || keeper.stop()).await;
     }
 
     /// Takes a (new) backing of a volume into use, after its copy failed or was detached.
@@ -255,23 +395,46 @@ impl Daemon {
 }
 
 /// Blocks while the volume's thread answers the kernel's first questions.
-fn make(options: &LoopOptions, directory: &Path, volume: &VolumeHandle) -> Result<Made, String> {
+fn make(making: &Making, not_kept: impl FnOnce(String)) -> Result<Made, String> {
+    let Making { options, directory, volume, keeper, number } = making;
     let (mount, connection) = FuseMount::create(&options.volume).map_err(|error| error.to_string())?;
-    volume.send(VolumeCommand::Fuse(connection));
-    let device = set_up_device(&mount, options).map_err(|error| error.to_string())?;
-    match make_device_link(directory, &options.volume, device.path()) {
-        Ok(link) => Ok(Made { device, link }),
-        Err(error) => {
-            let _ = device.detach(DetachMode::WhenClosed);
-            Err(error.to_string())
+    if mount.can_resend() {
+        let kept = connection.duplicate().map_err(|error| error.to_string()).and_then(|descriptor| {
+            keeper.keep(&options.volume, descriptor.as_fd()).map_err(|error| error.to_string())
+        });
+        if let Err(text) = kept {
+            not_kept(text);
         }
+    } else {
+        not_kept("this kernel cannot send requests again (Linux 6.9 can)".to_owned());
     }
+    volume.send(VolumeCommand::Fuse(connection, *number));
+    let made = set_up_device(&mount, options).map_err(|error| error.to_string()).and_then(|device| {
+        match make_device_link(directory, &options.volume, device.path()) {
+            Ok(link) => Ok(Made { device, link, number: *number }),
+            Err(error) => {
+                let _ = device.detach(DetachMode::WhenClosed);
+                Err(error.to_string())
+            }
+        }
+    });
+    if made.is_err() {
+        keeper.forget(&options.volume);
+    }
+    made
 }
 
-fn remove(made: &Made, name: &str, directory: &Path, volume: &VolumeHandle) -> Result<(), String> {
+fn remove(
+    made: &Made,
+    name: &str,
+    directory: &Path,
+    volume: &VolumeHandle,
+    keeper: &Keeper,
+) -> Result<(), String> {
     let detached = made.device.detach(DetachMode::WhenClosed).map_err(|error| error.to_string());
     let unlinked = remove_device_link(directory, name, made.device.path()).map_err(|error| error.to_string());
     volume.send(VolumeCommand::FuseEnd);
+    keeper.forget(name);
     detached.and(unlinked)
 }
 

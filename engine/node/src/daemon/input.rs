@@ -123,6 +123,7 @@ impl Daemon {
                     self.feed(Input::LinkDown { session, reason });
                 }
             }
+            VolumeEvent::FuseEnded { number, end } => self.fuse_ended(at, number, end),
             VolumeEvent::Corrupt { path, why } => self.corrupt(path, &why),
             VolumeEvent::Trouble(text) => self.note("trouble", text, "a component failed"),
             VolumeEvent::Ended if self.expected_ends > 0 => self.expected_ends -= 1,
@@ -170,7 +171,6 @@ impl Daemon {
             }
             Command::Down => {
                 self.users_unless(false);
-                self.take_devices = true;
                 Ok(Operator::Down)
             }
             Command::Connect => Err(self.want_link(true)),

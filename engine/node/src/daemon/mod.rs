@@ -2,12 +2,14 @@
 //! socket, the devices.
 //!
 //! Rooms: `run` (start, the main loop, signals), `input` (what comes in becomes the core's input), `output`
-//! (the core's actions are carried out), `devices` (FUSE and loop devices of the volumes), `page` (the status
+//! (the core's actions are carried out), `devices` (FUSE and loop devices of the volumes), `keeper` (what
+//! outlives this process), `page` (the status
 //! page), `identity` (boot id, incarnation, seeds).
 
 mod devices;
 mod identity;
 mod input;
+mod keeper;
 mod output;
 mod page;
 mod run;

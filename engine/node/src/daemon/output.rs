@@ -35,9 +35,6 @@ impl Daemon {
                     self.session_over(session);
                 }
                 Action::Answer(token, result) => {
-                    if result.is_err() {
-                        self.take_devices = false;
-                    }
                     if let Some(reply) = self.answers.remove(&token) {
                         let _ = reply.send(Answer::from(result));
                     }

@@ -193,6 +193,11 @@ const fn peer_state(live: LiveState) -> State {
     }
 }
 
+/// The server that says this serves.
+pub(super) fn is_primary(live: LiveState) -> bool {
+    peer_role(live) == Role::Primary
+}
+
 const fn peer_role(live: LiveState) -> Role {
     match live {
         LiveState::Loading | LiveState::Joining => Role::None,

@@ -1,6 +1,7 @@
 //! Start, main loop, signals, end.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
@@ -10,11 +11,13 @@ use duplex_core::ids::{SessionId, VolumeIndex};
 use duplex_core::pair::Server;
 use duplex_core::pair::api::{Input, Operator, OperatorToken, ServerConfig};
 use duplex_core::time::Instant;
+use duplex_frontend::holder::systemd;
 use duplex_link::{Encryption, Link, LinkConfig, LinkEvent, LinkHandle, PathConfig, Secret, Secrets, Timers};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::devices::{Device, DeviceEvent};
+use super::keeper::Keeper;
 use super::page::Rate;
 use super::{Options, identity};
 use crate::clock;
@@ -83,8 +86,11 @@ pub(super) struct Daemon {
     /// Inputs that came of carrying actions out.
     pub(super) inputs: VecDeque<Input>,
     pub(super) exiting: bool,
-    /// Devices are taken away at the end (`down`), or left to the holder (a signal).
-    pub(super) take_devices: bool,
+    /// A signal ended this process: the holder keeps the devices for a successor. `down` takes them away.
+    pub(super) leaving_devices: bool,
+    pub(super) keeper: Arc<Keeper>,
+    /// Numbers the FUSE connections of this process.
+    pub(super) next_connection: u64,
 }
 
 struct Sources {
@@ -99,17 +105,19 @@ struct Sources {
 /// # Errors
 /// Why it could not start, or why it ended in disorder.
 pub fn run(options: &Options) -> Result<(), Failure> {
+    // SAFETY: the process has one thread yet, and nobody else takes what systemd passed.
+    let stored = unsafe { systemd::take_stored() };
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
         .build()
         .map_err(|error| Failure::failed(format!("cannot start the runtime: {error}")))?;
-    let result = runtime.block_on(run_here(options));
+    let result = runtime.block_on(run_here(options, stored));
     runtime.shutdown_timeout(Duration::from_secs(1));
     result
 }
 
-async fn run_here(options: &Options) -> Result<(), Failure> {
+async fn run_here(options: &Options, stored: Vec<(String, OwnedFd)>) -> Result<(), Failure> {
     let Prepared { config, warnings } = prepare(options)?;
     let run_dir = options.run_dir.clone();
     for problem in &warnings.0 {
@@ -154,7 +162,9 @@ async fn run_here(options: &Options) -> Result<(), Failure> {
         volume_events,
         inputs: VecDeque::new(),
         exiting: false,
-        take_devices: false,
+        leaving_devices: false,
+        keeper: Arc::new(Keeper::new(&options.run_dir, stored)),
+        next_connection: 0,
     };
     daemon.publish();
     let refused_events = events.clone();
@@ -177,11 +187,12 @@ async fn run_here(options: &Options) -> Result<(), Failure> {
     };
     let (stop_control, stop_seen) = watch::channel(false);
     let control = tokio::spawn(serve(control, backend, stop_seen));
-    let sources = Sources { link: link_in, volumes: volumes_in, commands: commands_in, devices: devices_in };
+    let mut sources =
+        Sources { link: link_in, volumes: volumes_in, commands: commands_in, devices: devices_in };
     daemon.note("started", format!("server {} started", me.name), "start");
     daemon.adopt_devices();
-    let result = daemon.main_loop(sources).await;
-    daemon.end().await;
+    let result = daemon.main_loop(&mut sources).await;
+    daemon.end(&mut sources.devices).await;
     let _ = stop_control.send(true);
     let _ = control.await;
     result
@@ -280,7 +291,7 @@ fn start_link(
 }
 
 impl Daemon {
-    async fn main_loop(&mut self, mut sources: Sources) -> Result<(), Failure> {
+    async fn main_loop(&mut self, sources: &mut Sources) -> Result<(), Failure> {
         let failed = |error: std::io::Error| Failure::failed(format!("cannot watch for signals: {error}"));
         let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
         let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
@@ -316,6 +327,7 @@ impl Daemon {
 
     fn on_signal(&mut self, name: &str) {
         tracing::info!("{name}: stopping");
+        self.leave_devices();
         let token = self.token();
         self.feed(Input::Operator(token, Operator::Stop));
     }
@@ -327,6 +339,7 @@ impl Daemon {
             now.since(turned) < self.config.arbiter.freeze
         });
         self.server.set_volumes_turn(turn);
+        self.settle_adopted();
         super::output::tell_systemd(&[sd_notify::NotifyState::Watchdog]);
     }
 
@@ -367,9 +380,9 @@ impl Daemon {
     }
 
     /// Ends the threads; what they hold is free when this returns.
-    async fn end(&mut self) {
+    async fn end(&mut self, devices: &mut mpsc::Receiver<DeviceEvent>) {
         super::output::tell_systemd(&[sd_notify::NotifyState::Stopping]);
-        self.end_devices().await;
+        self.end_devices(devices).await;
         for volume in self.volumes.iter().flatten() {
             volume.send(VolumeCommand::Stop);
         }

@@ -6,15 +6,16 @@ use std::time::Duration;
 use duplex_core::ids::RequestId;
 use duplex_core::request::RequestError;
 use duplex_core::time::Instant;
-use duplex_frontend::fuse::{Connection, FuseConfig, FuseDevice, Service};
+use duplex_frontend::fuse::{Connection, FuseConfig, FuseDevice, FuseEnd, Service};
 use duplex_frontend::nbd::{ListenAddress, NbdConfig, NbdServer, Network, ServerState};
 use duplex_frontend::{FrontendEvent, Geometry, request_owner};
 use duplex_ring::{Arena, Completion, Owner, Ring};
 
 /// Owner number of the NBD server in the volume's ring.
 pub(super) const NBD: Owner = Owner(2);
-/// Owner number of the FUSE device.
-pub(super) const FUSE: Owner = Owner(3);
+/// Owner numbers of the FUSE devices, one after the other: the last completions of one that ends never meet the next.
+const FUSE_FIRST: u16 = 3;
+const FUSE_OWNERS: u16 = 8;
 
 /// How clients reach a volume.
 #[derive(Clone, Debug)]
@@ -31,14 +32,28 @@ pub struct NbdSettings {
     pub refusal: String,
 }
 
+/// A FUSE device in use.
+struct Fuse {
+    owner: Owner,
+    number: u64,
+    device: FuseDevice,
+    /// Its end was told.
+    end_told: bool,
+}
+
 /// Both frontends.
 #[derive(Default)]
 pub(super) struct Frontends {
     nbd: Option<NbdServer>,
-    fuse: Option<FuseDevice>,
+    fuse: Option<Fuse>,
+    /// A connection that came before the volume had a size.
+    waiting: Option<(Connection, u64)>,
+    fuses_made: u16,
     serving: bool,
+    /// A successor takes the FUSE connection: what is not answered is left to it.
+    holding: bool,
     /// FUSE devices that are being let go of.
-    ending: Option<FuseDevice>,
+    ending: Vec<Fuse>,
     volume: String,
     geometry: Option<Geometry>,
 }
@@ -83,26 +98,74 @@ impl Frontends {
         set.and(started).map_err(|error| format!("volume {}: {error}", self.volume))
     }
 
-    pub(super) fn attach_fuse(&mut self, connection: Connection, ring: &mut Ring, arena: &mut Arena) {
+    /// A connection to serve once the volume has a size.
+    pub(super) fn take_fuse(&mut self, connection: Connection, number: u64) {
+        self.waiting = Some((connection, number));
+    }
+
+    /// Begins to serve the connection that waits, if there is one and the volume has a size.
+    pub(super) fn begin_fuse(&mut self, ring: &mut Ring, arena: &mut Arena) {
         let Some(geometry) = self.geometry else {
-            tracing::error!(volume = self.volume, "a FUSE connection came before the volume has a size");
             return;
         };
+        let Some((connection, number)) = self.waiting.take() else {
+            return;
+        };
+        self.detach_fuse(ring, arena);
         let config = FuseConfig {
             volume: self.volume.clone(),
             size_bytes: geometry.size_bytes,
             sector_bytes: geometry.sector_bytes,
         };
-        let mut device = FuseDevice::new(FUSE, config, connection);
+        let owner = Owner(FUSE_FIRST + self.fuses_made % FUSE_OWNERS);
+        self.fuses_made = self.fuses_made.wrapping_add(1);
+        let resumed = connection.is_resumed();
+        let mut device = FuseDevice::new(owner, config, connection);
         device.start(ring, arena);
-        self.fuse = Some(device);
+        if !resumed && !self.serving {
+            // Nobody waits for it; whoever sets its loop device up must not wait either.
+            device.set_service(Service::Refusing, arena, &mut Vec::new());
+        }
+        self.fuse = Some(Fuse { owner, number, device, end_told: false });
     }
 
     pub(super) fn detach_fuse(&mut self, ring: &mut Ring, arena: &mut Arena) {
-        if let Some(mut device) = self.fuse.take() {
-            device.close(ring, arena);
-            self.ending = Some(device);
+        self.waiting = None;
+        if let Some(mut fuse) = self.fuse.take() {
+            fuse.device.close(ring, arena);
+            self.ending.push(fuse);
         }
+    }
+
+    /// Requests wait: for this volume to serve, or for a successor of this process.
+    pub(super) fn hold_fuse(&mut self, arena: &mut Arena, out: &mut Vec<FrontendEvent>) {
+        self.holding = true;
+        if let Some(fuse) = self.fuse.as_mut() {
+            fuse.device.set_service(Service::Held, arena, out);
+        }
+    }
+
+    /// Requests fail, if the volume does not serve.
+    pub(super) fn refuse_fuse(&mut self, arena: &mut Arena, out: &mut Vec<FrontendEvent>) {
+        if !self.serving
+            && !self.holding
+            && let Some(fuse) = self.fuse.as_mut()
+        {
+            fuse.device.set_service(Service::Refusing, arena, out);
+        }
+    }
+
+    /// Once: why the FUSE device ended by itself.
+    pub(super) fn fuse_ended(&mut self) -> Option<(u64, FuseEnd)> {
+        let fuse = self.fuse.as_mut().filter(|fuse| !fuse.end_told)?;
+        let end = fuse.device.end()?;
+        fuse.end_told = true;
+        Some((fuse.number, end))
+    }
+
+    fn fuse_of(&mut self, owner: Owner) -> Option<&mut FuseDevice> {
+        let fuses = self.fuse.iter_mut().chain(&mut self.ending);
+        fuses.filter(|fuse| fuse.owner == owner).map(|fuse| &mut fuse.device).next()
     }
 
     /// Serve clients, or refuse them.
@@ -115,9 +178,11 @@ impl Frontends {
         out: &mut Vec<FrontendEvent>,
     ) -> Result<(), String> {
         self.serving = serving;
-        if let Some(device) = self.fuse.as_mut() {
+        if !self.holding
+            && let Some(fuse) = self.fuse.as_mut()
+        {
             let service = if serving { Service::Serving } else { Service::Refusing };
-            device.set_service(service, arena, out);
+            fuse.device.set_service(service, arena, out);
         }
         let Some(server) = self.nbd.as_mut() else {
             return Ok(());
@@ -130,9 +195,11 @@ impl Frontends {
     /// A FUSE device that came while the volume served already.
     pub(super) fn serve_fuse(&mut self, arena: &mut Arena, out: &mut Vec<FrontendEvent>) {
         if self.serving
-            && let Some(device) = self.fuse.as_mut()
+            && !self.holding
+            && let Some(fuse) = self.fuse.as_mut()
+            && fuse.device.service() != Service::Serving
         {
-            device.set_service(Service::Serving, arena, out);
+            fuse.device.set_service(Service::Serving, arena, out);
         }
     }
 
@@ -147,7 +214,7 @@ impl Frontends {
             if let Some(server) = self.nbd.as_mut() {
                 server.on_completion(completion, ring, arena, out);
             }
-        } else if let Some(device) = self.fuse.as_mut().or(self.ending.as_mut()) {
+        } else if let Some(device) = self.fuse_of(completion.token.owner) {
             device.on_completion(completion, ring, arena, out);
         }
     }
@@ -164,7 +231,9 @@ impl Frontends {
             if let Some(server) = self.nbd.as_mut() {
                 server.complete(id, result, ring, arena);
             }
-        } else if let Some(device) = self.fuse.as_mut().or(self.ending.as_mut()) {
+        } else if self.holding && result == Err(RequestError::NotServing) {
+            // Not answered: the successor gets the request again.
+        } else if let Some(device) = self.fuse_of(Owner(request_owner(id))) {
             device.complete(id, result, arena, out);
         }
     }
@@ -173,15 +242,10 @@ impl Frontends {
         if let Some(server) = self.nbd.as_mut() {
             server.flush(ring, arena);
         }
-        if let Some(device) = self.fuse.as_mut() {
-            device.flush(ring, arena);
+        for fuse in self.fuse.iter_mut().chain(&mut self.ending) {
+            fuse.device.flush(ring, arena);
         }
-        if let Some(device) = self.ending.as_mut() {
-            device.flush(ring, arena);
-        }
-        if self.ending.as_ref().is_some_and(FuseDevice::is_idle) {
-            self.ending = None;
-        }
+        self.ending.retain(|fuse| !fuse.device.is_idle());
     }
 
     pub(super) fn deadline(&self) -> Option<Instant> {
@@ -205,7 +269,7 @@ impl Frontends {
 
     pub(super) fn is_idle(&self) -> bool {
         self.nbd.as_ref().is_none_or(NbdServer::is_idle)
-            && self.ending.as_ref().is_none_or(FuseDevice::is_idle)
+            && self.ending.iter().all(|fuse| fuse.device.is_idle())
     }
 }
 

@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, PoisonError, mpsc};
 
 use duplex_core::ids::{SessionId, VolumeIndex};
 use duplex_core::mirror::api::{Order, Report};
-use duplex_frontend::fuse::Connection;
+use duplex_frontend::fuse::{Connection, FuseEnd};
 use duplex_link::DataConnection;
 use duplex_ring::Waker;
 
@@ -33,8 +33,13 @@ pub enum VolumeCommand {
     SessionOver(SessionId),
     /// A connection of the session's data channel.
     Connection(Box<DataConnection>),
-    /// Serve this FUSE connection.
-    Fuse(Connection),
+    /// Serve this FUSE connection, as soon as the volume has a size. The number comes back in
+    /// [`VolumeEvent::FuseEnded`].
+    Fuse(Connection, u64),
+    /// The FUSE connection was a predecessor's, and this server does not become primary: its requests fail.
+    FuseRefuse,
+    /// This process ends, a successor goes on: requests of the FUSE connection that are not answered wait for it.
+    FuseHold,
     /// Let go of the FUSE connection; its requests stay in the kernel for whoever has the descriptor.
     FuseEnd,
     /// End: nothing is served any more.
@@ -61,6 +66,13 @@ pub enum VolumeEvent {
         fatal: bool,
         /// In words.
         reason: String,
+    },
+    /// The FUSE connection ended by itself.
+    FuseEnded {
+        /// As given with it.
+        number: u64,
+        /// Why.
+        end: FuseEnd,
     },
     /// A frame was altered on the way; it will be sent again.
     Corrupt {

@@ -237,13 +237,22 @@ impl VolumeLoop {
                     channel.channel.attach(*connection, &mut self.arena, &mut self.channel_events);
                 }
             }
-            VolumeCommand::Fuse(connection) => {
-                self.frontends.attach_fuse(connection, &mut self.ring, &mut self.arena);
-                self.frontends.serve_fuse(&mut self.arena, &mut self.client_events);
+            VolumeCommand::Fuse(connection, number) => {
+                self.frontends.take_fuse(connection, number);
+                self.begin_fuse();
             }
+            VolumeCommand::FuseRefuse => {
+                self.frontends.refuse_fuse(&mut self.arena, &mut self.client_events);
+            }
+            VolumeCommand::FuseHold => self.frontends.hold_fuse(&mut self.arena, &mut self.client_events),
             VolumeCommand::FuseEnd => self.frontends.detach_fuse(&mut self.ring, &mut self.arena),
             VolumeCommand::Stop => self.begin_stop(),
         }
+    }
+
+    fn begin_fuse(&mut self) {
+        self.frontends.begin_fuse(&mut self.ring, &mut self.arena);
+        self.frontends.serve_fuse(&mut self.arena, &mut self.client_events);
     }
 
     fn begin_channel(&mut self, session: SessionId) {
@@ -459,6 +468,7 @@ impl VolumeLoop {
         if let Err(text) = opened {
             self.tell(VolumeEvent::Trouble(text));
         }
+        self.begin_fuse();
     }
 
     fn expose(&mut self, exposure: Exposure) {
@@ -483,6 +493,9 @@ impl VolumeLoop {
 
     fn flush(&mut self) {
         self.frontends.flush(&mut self.ring, &mut self.arena);
+        if let Some((number, end)) = self.frontends.fuse_ended() {
+            self.tell(VolumeEvent::FuseEnded { number, end });
+        }
         if let Some(channel) = self.channel.as_mut() {
             channel.channel.resume_receiving(&mut self.arena, &mut self.channel_events);
             channel.channel.flush(&mut self.ring, &mut self.arena, &mut self.channel_events);
