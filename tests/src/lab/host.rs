@@ -191,9 +191,19 @@ impl Host {
     }
 
     /// Kills every process of the server at once, and waits until the kernel has buried them.
-    pub fn kill(mut self) -> Result<()> {
+    pub fn kill(self) -> Result<()> {
+        self.kill_with(|| Ok(()))
+    }
+
+    /// The same; `then` is done once no program runs any more, if some wait in the kernel for a disk that does not
+    /// answer: they cannot be buried before it does, and never run again.
+    pub fn kill_with(mut self, then: impl FnOnce() -> Result<()>) -> Result<()> {
         rustix::process::kill_process(self.init, Signal::KILL).context("the init cannot be killed")?;
-        self.helper.wait_end(Duration::from_secs(20)).context("a killed server does not die")
+        let buried = self.helper.wait_end(Duration::from_millis(500));
+        then()?;
+        buried
+            .or_else(|_| self.helper.wait_end(Duration::from_secs(20)))
+            .context("a killed server does not die")
     }
 }
 

@@ -235,11 +235,12 @@ impl Server {
     /// The second half of a power cut whose [`FaultyDisk::hold`] was done already (both servers at one instant).
     pub fn after_hold(&mut self, loss: Loss) -> Result<()> {
         self.daemon = None;
-        if let Some(host) = self.host.take() {
-            host.kill()?;
-        }
+        let host = self.host.take();
         let disk = self.faulty()?;
-        disk.lose_power(loss)?;
+        match host {
+            Some(host) => host.kill_with(|| disk.lose_power(loss))?,
+            None => disk.lose_power(loss)?,
+        }
         disk.power_back(LIMIT).map(drop)
     }
 

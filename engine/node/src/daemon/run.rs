@@ -192,6 +192,10 @@ async fn run_here(options: &Options, stored: Vec<(String, OwnedFd)>) -> Result<(
     daemon.note("started", format!("server {} started", me.name), "start");
     daemon.adopt_devices();
     let result = daemon.main_loop(&mut sources).await;
+    if result.is_err() {
+        // Somebody starts it again, and users of the devices see a pause.
+        daemon.leave_devices();
+    }
     daemon.end(&mut sources.devices).await;
     let _ = stop_control.send(true);
     let _ = control.await;
