@@ -128,7 +128,6 @@ fn closed_by(server: &Server, host: usize, bytes: &[u8]) -> Result<bool> {
 fn wrong_secret(pair: &mut Pair, sabotage: bool) -> Result<()> {
     pair.beta.kill()?;
     pair.alpha.wait("alone", LIMIT)?;
-    let before = pair.alpha.events_of("stranger")?.len();
     if !sabotage {
         let other = pair.directory().join("other-secret");
         let words =
@@ -140,9 +139,17 @@ fn wrong_secret(pair: &mut Pair, sabotage: bool) -> Result<()> {
     pair.beta.boot(false)?;
     pair.beta.start_daemon()?;
     let limit = Duration::from_secs(15);
-    wait::until("the wrong secret to be noticed", limit, || {
-        Ok((pair.alpha.events_of("stranger")?.len() > before).then_some(()))
-    })?;
+    // The one that dials is told, the one that listens met a stranger; each says so in an event.
+    for server in [&pair.alpha, &pair.beta] {
+        wait::until("the wrong secret to be noticed", limit, || {
+            let strangers = server.events_of("stranger")?.into_iter();
+            let met =
+                strangers.filter(|event| event["reason"].as_str().is_some_and(|why| why.contains("secret")));
+            let told = server.events_of("refused")?.into_iter().filter(|event| event["reason"] == "secret");
+            Ok(met.chain(told).next())
+        })
+        .with_context(|| server.name())?;
+    }
     ensure!(pair.alpha.status_word("/state")? == "alone", "alpha took a peer with another secret");
     ensure!(pair.beta.status_word("/state")? != "mirrored", "beta is mirrored with another secret");
     Ok(())

@@ -67,10 +67,15 @@ impl Daemon {
                 self.note("stranger", format!("stranger({address}): {why}"), &why);
             }
             LinkEvent::Refused(refusal) => {
-                let text = format!(
-                    "the link refuses the peer: {}: here {}, there {}",
-                    refusal.code, refusal.mine, refusal.theirs
-                );
+                let text = if refusal.mine.is_empty() && refusal.theirs.is_empty() {
+                    // Not a value that could be shown.
+                    format!("the link refuses the peer: the two differ in `{}`", refusal.code)
+                } else {
+                    format!(
+                        "the link refuses the peer: {}: here {}, there {}",
+                        refusal.code, refusal.mine, refusal.theirs
+                    )
+                };
                 let shown = SessionRefusal {
                     code: refusal.code.clone(),
                     rule: Some("link".to_owned()),
