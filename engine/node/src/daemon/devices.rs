@@ -64,13 +64,21 @@ pub(super) struct Device {
     name: String,
     state: DeviceState,
     wanted: bool,
+    /// The volume's clients are served.
+    exposed: bool,
     /// A predecessor's, whose requests wait until this server's role is known.
     adopted: bool,
 }
 
 impl Device {
     pub(super) fn new(name: &str) -> Self {
-        Self { name: name.to_owned(), state: DeviceState::None, wanted: false, adopted: false }
+        Self {
+            name: name.to_owned(),
+            state: DeviceState::None,
+            wanted: false,
+            exposed: false,
+            adopted: false,
+        }
     }
 
     /// The link that operators use, while there is a device.
@@ -84,7 +92,16 @@ impl Device {
 
 impl Daemon {
     /// The volume serves from now on, or does not.
-    pub(super) fn device_wanted(&mut self, at: usize, wanted: bool) {
+    pub(super) fn exposed(&mut self, at: usize, serving: bool) {
+        self.devices[at].exposed = serving;
+        self.device_wanted(at, serving);
+    }
+
+    pub(super) fn all_exposed(&self) -> bool {
+        self.devices.iter().all(|device| device.exposed)
+    }
+
+    fn device_wanted(&mut self, at: usize, wanted: bool) {
         if !wanted && self.leaving_devices {
             return;
         }

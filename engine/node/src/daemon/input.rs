@@ -112,7 +112,7 @@ impl Daemon {
         let at = usize::from(index.0);
         match event {
             VolumeEvent::Report(report) => self.feed(Input::Report(index, report)),
-            VolumeEvent::Exposed { serving } => self.device_wanted(at, serving),
+            VolumeEvent::Exposed { serving } => self.exposed(at, serving),
             VolumeEvent::ChannelBroken { session, attempt, fatal, reason } => {
                 tracing::info!(volume = at, "{reason}");
                 let told = if fatal {

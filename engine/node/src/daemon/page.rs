@@ -32,6 +32,8 @@ impl Daemon {
         let now = crate::clock::now();
         let volumes = (0..self.config.volumes.len()).map(|at| self.volume_page(at, now)).collect();
         let server = &self.server;
+        // Whoever waits for a primary wants one whose clients are let in.
+        let serves_soon = server.role_word() == "primary" && !self.all_exposed();
         let session = server.session_view();
         let heard = session.as_ref().map(|s| s.last_heard).or(self.last_heard);
         let since = server.frozen_since();
@@ -39,8 +41,12 @@ impl Daemon {
             version: STATUS_VERSION,
             pair: self.config.pair.clone(),
             server: self.config.servers.of(self.config.me).name.clone(),
-            state: state(server.state_word()),
-            role: role(server.role_word()),
+            state: if serves_soon && server.state_word() == "alone" {
+                State::Joining
+            } else {
+                state(server.state_word())
+            },
+            role: if serves_soon { Role::Secondary } else { role(server.role_word()) },
             epoch: server.record().epoch_seen.clone(),
             reason: Some(self.reason(now)).filter(|r| !r.is_empty()),
             peer: Peer {
