@@ -84,7 +84,8 @@ impl Map {
             later: BTreeMap::new(),
             merges: BTreeMap::new(),
             floor,
-            next_counter,
+            // What is written from now on must never count as older than the floor.
+            next_counter: next_counter.max(floor),
             version: 1,
             round: 0,
             clock: 0,
