@@ -780,57 +780,12 @@ fn run(seed: u64) {
     world.finish();
 }
 
-fn run_many(first: u64, count: u64) {
-    for seed in first..first + count {
-        run(seed);
-    }
-}
-
 /// `DUPLEX_LOG_SEEDS=N` runs more seeds, `DUPLEX_LOG_SEED=S` only that one.
 #[test]
 fn whatever_may_differ_is_marked() {
     let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse().ok());
     match number("DUPLEX_LOG_SEED") {
         Some(seed) => run(seed),
-        None => run_many(1, number("DUPLEX_LOG_SEEDS").unwrap_or(2000)),
+        None => (1..=number("DUPLEX_LOG_SEEDS").unwrap_or(2000)).for_each(run),
     }
-}
-
-/// Looked at by hand: `cargo test --release -p duplex-core --lib -- --ignored --nocapture cost_of`.
-#[test]
-#[ignore = "prints what a write costs; asserts no time"]
-fn cost_of_a_write_with_a_full_log() {
-    let size_bytes = crate::limits::VOLUME_MAX_BYTES;
-    let placement = MetaPlacement::for_size(size_bytes, 4096, 64);
-    let geometry =
-        LogGeometry { size_bytes, block_bytes: 4096, log_slots: 64, capacity_extents: 900, placement };
-    let mut log = DirtyLog::fresh(geometry, INSTANCE, 1, 1);
-    let extent_bytes = EXTENT_BLOCKS * BLOCK;
-    let range = |n: u64| ByteRange::new((n * 7919) % 900 * extent_bytes + n % 1024 * BLOCK, BLOCK);
-    for n in 0..900 {
-        if !log.begin(Ticket(n), range(n)) {
-            let (op, _) = log.poll_op().expect("the log is written");
-            log.op_done(op, Ok(Vec::new()));
-            log.poll_ready().expect("ready");
-        }
-        log.end(range(n), WriteEnd::Both);
-    }
-    assert_eq!(log.active_extents(), 900);
-    let turns = 200_000;
-    let start = std::time::Instant::now();
-    for n in 0..turns {
-        assert!(log.begin(Ticket(n), range(n)));
-        log.end(range(n), WriteEnd::Both);
-    }
-    println!("begin and end: {:?} each", start.elapsed() / turns as u32);
-    let start = std::time::Instant::now();
-    assert_eq!(log.next_dirty(0, 64), NextDirty::End);
-    println!("a search through 64 TiB without marks: {:?}", start.elapsed());
-    log.set_all();
-    let start = std::time::Instant::now();
-    for page in 0..1000 {
-        let wanted = NextDirty::Run { first_block: (540_000 + page) * PAGE_BLOCKS, blocks: 64 };
-        assert_eq!(log.next_dirty((540_000 + page) * PAGE_BLOCKS, 64), wanted);
-    }
-    println!("a search from a cursor: {:?} each", start.elapsed() / 1000);
 }
