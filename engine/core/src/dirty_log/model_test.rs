@@ -188,7 +188,7 @@ impl World {
             cursor: 0,
             clock: 0,
             lives: 1,
-            resync: seed % 4 == 0,
+            resync: seed.is_multiple_of(4),
         }
     }
 
