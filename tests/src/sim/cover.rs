@@ -52,6 +52,7 @@ pub fn wanted() -> Vec<String> {
         "G10 unproven",
         "G10 settled primary keeps its word",
         "G12 copy failed",
+        "G12 front",
         "W2 resume",
         "T2 solo restart",
         "fault link cut",

@@ -160,6 +160,7 @@ impl World {
                 | Order::Drain { .. }
                 | Order::Freeze { .. }
                 | Order::Leave
+                | Order::Host { .. }
                 | Order::Fail { .. }
                 | Order::Record { .. }
                 | Order::Join { .. }
@@ -344,8 +345,11 @@ impl World {
                 ));
             }
             ServeMode::Mirrored => {}
+            // The peer serves, by its own right; this server only passes on.
+            ServeMode::Front => holders[host] = false,
         }
-        if let Err(why) = self.oracle.complete(asked.ticket, host, epoch, holders, &content) {
+        let server = if mode == ServeMode::Front { 1 - host } else { host };
+        if let Err(why) = self.oracle.complete(asked.ticket, server, epoch, holders, &content) {
             self.fail(format!("{why} (server {host}, {mode:?}, epoch {epoch})"));
         }
     }
@@ -483,9 +487,11 @@ impl World {
             Order::Record { change: CopyChange::Target { .. }, .. } => self.cover.hit("G5 target record"),
             Order::Return { .. } => self.cover.hit("G6.3 return"),
             Order::Join { resume: true, .. } => self.cover.hit("W2 resume"),
+            Order::Serve { mode: ServeMode::Front, .. } => self.cover.hit("G12 front"),
             Order::Record { .. }
             | Order::Join { .. }
             | Order::Leave
+            | Order::Host { .. }
             | Order::Serve { .. }
             | Order::Freeze { .. }
             | Order::Drain { .. }

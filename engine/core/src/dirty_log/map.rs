@@ -325,6 +325,16 @@ impl Map {
         }
     }
 
+    /// The block is marked or waits to be; true where a page partly marked is not in memory.
+    pub(super) fn is_marked(&self, block: u64) -> bool {
+        let page = block / PAGE_BLOCKS;
+        let bit = block % PAGE_BLOCKS;
+        let has = |bits: &PageBits| bits[(bit / 64) as usize] >> (bit % 64) & 1 == 1;
+        let mut waiting = [0; PAGE_WORDS];
+        self.waiting_bits(page, &mut waiting);
+        has(&waiting) || self.known(page).map_or(self.count(page) > 0, has)
+    }
+
     pub(super) fn waits_in(&self, page: u64) -> bool {
         self.merges.contains_key(&page) || self.later.range(extents_of_page(page)).next().is_some()
     }

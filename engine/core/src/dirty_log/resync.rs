@@ -2,7 +2,7 @@
 
 use super::map::{PageBits, extents_of_page};
 use super::{BadPage, DirtyLog, EXTENT_WORDS, NextDirty, NextPage, count, is_clear, place_in_page};
-use crate::format::map_page::{PAGE_BLOCKS, PAGE_BYTES, PAGE_EXTENTS, PAGE_WORDS};
+use crate::format::map_page::{EXTENT_BLOCKS, PAGE_BLOCKS, PAGE_BYTES, PAGE_EXTENTS, PAGE_WORDS};
 
 impl DirtyLog {
     /// Blocks marked, each once; marks of active extents whose page is not in memory may be counted twice.
@@ -107,6 +107,13 @@ impl DirtyLog {
                 *word &= !other;
             }
         }
+    }
+
+    /// The block may differ between the copies: it is marked, or its extent is active. Where the page is not in
+    /// memory and only partly marked the answer is true.
+    pub fn is_marked(&self, block: u64) -> bool {
+        let extent = u32::try_from(block / EXTENT_BLOCKS).unwrap_or(u32::MAX);
+        self.extents.contains_key(&extent) || self.map.is_marked(block)
     }
 
     /// Takes in a page of the peer's marks: the union of both maps.
