@@ -489,12 +489,13 @@ impl Volume {
                     Holder::Copy(slot) => self.copy_locked(slot),
                 }
             }
-            moved |= self.pump_log();
             moved |= self.pump_start();
             moved |= self.pump_records();
             moved |= self.pump_flushes();
             moved |= self.pump_marks();
             moved |= self.pump_copy();
+            // Last: the others make the log ask for pages, and nothing else may ever wake this volume.
+            moved |= self.pump_log();
             if !moved {
                 return;
             }
