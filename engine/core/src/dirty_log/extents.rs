@@ -289,7 +289,8 @@ impl DirtyLog {
             !goes
         });
         let gone = self.extents.len() < before;
-        self.log_wanted |= gone && self.settling;
+        self.log_wanted |= gone && (self.settling || self.cooling);
+        self.cooling &= !self.leaving.is_empty();
         gone
     }
 
@@ -312,6 +313,30 @@ impl DirtyLog {
             self.log_wanted = true;
         }
         self.pump();
+    }
+
+    /// A moment of [`Self::cool`]: grows with each write.
+    pub const fn clock(&self) -> u64 {
+        self.clock
+    }
+
+    /// Extents that no write wanted since `before` begin to leave, also while others are written: what a crash
+    /// marks stays small. True: some of them cannot before a flush of both copies.
+    pub fn cool(&mut self, before: u64) -> bool {
+        let is_cold = |e: &Extent| e.is_idle() && e.leaving.is_none() && e.last_use < before;
+        let touched = self.extents.values().any(|e| is_cold(e) && e.is_touched());
+        let cold: Vec<u32> = self
+            .extents
+            .iter()
+            .filter(|(_, e)| is_cold(e) && !e.is_touched())
+            .map(|(number, _)| *number)
+            .collect();
+        self.cooling |= !cold.is_empty();
+        for number in cold {
+            self.begin_leaving(number);
+        }
+        self.pump();
+        touched
     }
 
     /// The log on disk is empty and nothing is on its way.

@@ -181,6 +181,8 @@ pub struct DirtyLog {
     /// The front waiter needs room that only a flush makes.
     room_needs_flush: bool,
     settling: bool,
+    /// Cold extents are leaving while others are written.
+    cooling: bool,
     /// Something changed that nobody pumped for.
     poked: bool,
     clock: u64,
@@ -223,6 +225,7 @@ impl DirtyLog {
             ready: VecDeque::new(),
             room_needs_flush: false,
             settling: false,
+            cooling: false,
             poked: false,
             clock: 0,
             map: Map::new(&geometry, floor, first_counter),

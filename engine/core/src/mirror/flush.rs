@@ -16,6 +16,8 @@ use crate::time::Instant;
 
 /// Marks are settled after this long without a request.
 const IDLE: Duration = Duration::from_secs(1);
+/// Extents that no write wanted for this long leave the log under load, too.
+const COOL: Duration = Duration::from_secs(2);
 /// How often stalls are looked for while something is in flight.
 const STALL_CHECK: Duration = Duration::from_millis(500);
 /// Errno of a stalled operation, as Linux numbers it.
@@ -62,6 +64,8 @@ pub(super) struct FlushState {
     returning: Option<(u64, ServerRecord, bool)>,
     settling: bool,
     stall_check: Option<Instant>,
+    /// When cold extents are looked for next, and the log's clock at the last look.
+    cool: Option<(Instant, u64)>,
 }
 
 impl FlushState {
@@ -107,6 +111,36 @@ impl Volume {
         } else if !touched && let Some(log) = self.log.as_mut() {
             log.settle();
             self.flushes.settling = true;
+        }
+    }
+
+    /// When cold extents are looked for next.
+    pub(super) fn cool_deadline(&self) -> Option<Instant> {
+        self.flushes.cool.map(|(at, _)| at)
+    }
+
+    fn arm_cooling(&mut self) {
+        let open = matches!(self.serve, Serve::Open(ServeMode::Alone | ServeMode::Mirrored));
+        let clock = self.log.as_ref().filter(|log| log.active_extents() > 0).map(DirtyLog::clock);
+        match (clock.filter(|_| open && self.failed.is_none()), self.flushes.cool) {
+            (Some(clock), None) => self.flushes.cool = Some((self.now + COOL, clock)),
+            (None, Some(_)) => self.flushes.cool = None,
+            (Some(_), Some(_)) | (None, None) => {}
+        }
+    }
+
+    /// Under load, too, extents leave the log that nobody writes to any more.
+    pub(super) fn check_cold(&mut self) {
+        let (Some((at, before)), Some(log)) = (self.flushes.cool, self.log.as_mut()) else {
+            return;
+        };
+        if self.now < at {
+            return;
+        }
+        let wants_flush = log.cool(before);
+        self.flushes.cool = Some((self.now + COOL, log.clock()));
+        if wants_flush && self.can_replicate() && !self.flushes.has(Purpose::Clear) {
+            self.flush_own(Purpose::Clear);
         }
     }
 
@@ -239,6 +273,7 @@ impl Volume {
 
     pub(super) fn pump_flushes(&mut self) -> bool {
         self.arm_stall_check();
+        self.arm_cooling();
         if self.flushes.settling {
             let settled = self.log.as_ref().is_none_or(DirtyLog::is_settled);
             if settled || self.clients.running() != 0 {

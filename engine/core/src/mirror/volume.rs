@@ -209,7 +209,10 @@ impl Volume {
 
     /// When to call again with [`Input::Time`] if nothing else happens.
     pub fn next_deadline(&self) -> Option<Instant> {
-        [self.idle_deadline(), self.stall_deadline(), self.copy_deadline()].into_iter().flatten().min()
+        [self.idle_deadline(), self.stall_deadline(), self.copy_deadline(), self.cool_deadline()]
+            .into_iter()
+            .flatten()
+            .min()
     }
 
     /// The server machine's lease: mirrored requests complete only before this (W4).
@@ -475,6 +478,7 @@ impl Volume {
     fn on_time(&mut self) {
         self.check_stalls();
         self.check_idle();
+        self.check_cold();
     }
 
     /// Lets every part go on as far as it can. Ends when nothing moves any more.
