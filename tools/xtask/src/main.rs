@@ -103,6 +103,9 @@ fn run(cli: Cli) -> Result<ExitCode> {
         }
         Verb::Bench { args } => {
             packages::require(packages::BENCH)?;
+            if args.iter().any(|word| word == "write") && !args.iter().any(|word| word == "--trace") {
+                process::build_without_log()?;
+            }
             process::build_programs(true)?;
             Tool::new("duplex-benches", "duplex-bench").release(true).hand_over(&args)
         }

@@ -51,13 +51,8 @@ pub(crate) const LAB: &[Need] = &[
 ];
 
 /// What the benchmarks call.
-pub(crate) const BENCH: &[Need] = &[
-    need("fio", "fio"),
-    need("ip", "iproute2"),
-    need("qemu-system-x86_64", "qemu-system-x86"),
-    need("qemu-storage-daemon", "qemu-system-common"),
-    need("strace", "strace"),
-];
+pub(crate) const BENCH: &[Need] =
+    &[need("fio", "fio"), need("qemu-storage-daemon", "qemu-system-common"), need("strace", "strace")];
 
 /// The needs whose program is nowhere on the path.
 pub(crate) fn missing(needs: &[Need]) -> Vec<Need> {

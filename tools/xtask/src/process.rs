@@ -52,6 +52,23 @@ pub(crate) fn build_programs(release: bool) -> Result<()> {
     if status.success() { Ok(()) } else { bail!("the build failed") }
 }
 
+/// Builds `duplex-no-dirty-log` beside the optimised programs: what `bench write` compares a lone primary with.
+/// The next build puts the real `duplex` back in its place.
+pub(crate) fn build_without_log() -> Result<()> {
+    let mut command = cargo();
+    command.args(["build", "--quiet", "--release", "--package", "duplex", "--features", "no-dirty-log"]);
+    let status = command.status().context("cargo build cannot be started")?;
+    if !status.success() {
+        bail!("the build without a dirty log failed");
+    }
+    let metadata = metadata(false)?;
+    let target = metadata["target_directory"].as_str().context("metadata has no target_directory")?;
+    let release = Path::new(target).join("release");
+    let bare = release.join("duplex-no-dirty-log");
+    std::fs::rename(release.join("duplex"), &bare)
+        .with_context(|| format!("{} cannot be put in place", bare.display()))
+}
+
 /// One program of the workspace.
 #[derive(Debug)]
 pub(crate) struct Tool {

@@ -1,0 +1,41 @@
+//! The data path of a volume's thread enters the kernel by `io_uring_enter` and by nothing else.
+
+use duplex_benches::pair::Pair;
+use duplex_benches::process::beside;
+use duplex_benches::scratch::Scratch;
+use duplex_benches::trace;
+
+const WRITES: u64 = 4000;
+const SIZE_BYTES: u64 = 64 << 20;
+
+fn only_enters(encryption: bool) {
+    if let Some(why) = trace::unavailable() {
+        println!("SKIPPED: {why}");
+        return;
+    }
+    let program = match beside("duplex") {
+        Ok(program) => program,
+        Err(why) => {
+            println!("SKIPPED: {why:#}");
+            return;
+        }
+    };
+    let scratch = Scratch::new(&std::env::temp_dir()).expect("a directory");
+    let pair = Pair::start(&scratch, &program, "pair", SIZE_BYTES, encryption).expect("a mirrored pair");
+    let counted = trace::count(&scratch, &pair, WRITES).expect("counted");
+    assert_eq!(counted.len(), 2, "primary and secondary");
+    for (role, counted) in ["primary", "secondary"].into_iter().zip(&counted) {
+        assert!(counted.enters() > 0, "the {role}'s thread was traced");
+        assert_eq!(counted.others(), Vec::<String>::new(), "calls of the {role}'s thread on the data path");
+    }
+}
+
+#[test]
+fn without_tls_only_the_ring_is_entered() {
+    only_enters(false);
+}
+
+#[test]
+fn with_tls_only_the_ring_is_entered() {
+    only_enters(true);
+}
