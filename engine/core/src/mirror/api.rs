@@ -263,7 +263,12 @@ pub enum Report {
         copy: Box<CopyRecord>,
     },
     /// Source: the target adopted everything (SyncAck).
-    Synced,
+    Synced {
+        /// Bytes that were marked when the copying began.
+        total_bytes: u64,
+        /// Bytes of blocks sent, marks of writes that came meanwhile included.
+        sent_bytes: u64,
+    },
     /// Target: adopted, durable.
     Adopted {
         /// The copy as it is now on disk.

@@ -435,7 +435,8 @@ impl Volume {
         match outcome {
             RemoteOutcome::Done => {
                 self.copying.phase = Phase::Done;
-                self.report(Report::Synced);
+                let (total_bytes, sent_bytes) = (self.copying.total_bytes, self.copying.sent_bytes);
+                self.report(Report::Synced { total_bytes, sent_bytes });
             }
             RemoteOutcome::Failed { errno } => self.fail_peer(errno, None),
         }
@@ -473,5 +474,29 @@ impl Volume {
     /// True once the target has everything.
     pub fn is_synced(&self) -> bool {
         self.copying.phase == Phase::Done
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ids::BootId;
+    use crate::mirror::{Volume, VolumeConfig};
+
+    #[test]
+    fn a_lease_passes_no_deadline_of_the_resync_over() {
+        let config = VolumeConfig {
+            boot_id: BootId(1),
+            copy_buffers: Vec::new(),
+            stall: Duration::from_secs(10),
+            capacity_bytes: 0,
+        };
+        let mut volume = Volume::new(config);
+        let capped = Instant(1_000_000_000);
+        volume.copying.phase = Phase::Chunks;
+        volume.copying.not_before = capped;
+        assert_eq!(volume.copy_deadline(), Some(capped));
+        volume.set_lease(Instant(2_000_000_000), Instant(3_000_000_000));
+        assert_eq!(volume.copy_deadline(), Some(capped), "still due: nothing was pumped since");
     }
 }

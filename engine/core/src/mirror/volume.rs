@@ -217,10 +217,11 @@ impl Volume {
 
     /// The server machine's lease: mirrored requests complete only before this (W4).
     pub fn set_lease(&mut self, now: Instant, until: Instant) {
-        self.now = self.now.max(now);
         let renewed = until > self.lease_until;
         self.lease_until = until;
+        // Without work for it time stands still: a deadline passes only where the pump sees it pass.
         if renewed && !self.clients.lease_wait.is_empty() {
+            self.now = self.now.max(now);
             let waiting = std::mem::take(&mut self.clients.lease_wait);
             for slot in waiting {
                 self.finish_client(slot);

@@ -32,8 +32,15 @@ fn refuse(code: &'static str, text: impl Into<String>) -> Result<String, Refusal
 /// ESTALE-like errno told for a copy that the operator detached: no device.
 const ENODEV: i32 = 19;
 
+/// So many commands may wait until the disks are read.
+const EARLY_MAX: usize = 64;
+
 impl Server {
     pub(super) fn on_operator(&mut self, token: OperatorToken, command: Operator) {
+        let reading = !self.loaded && self.volumes.iter().all(|v| v.unusable.is_none());
+        if reading && !matches!(command, Operator::Stop | Operator::Down) && self.early.len() < EARLY_MAX {
+            return self.early.push((token, command));
+        }
         if !self.loaded && !matches!(command, Operator::Stop | Operator::Down) {
             let text = format!("the copies are not ready: {}", self.reason);
             return self.answer(token, refuse("not-ready", text));
@@ -80,6 +87,13 @@ impl Server {
     /// True when a volume's backing may be closed: it was detached and nothing here needs it.
     pub fn lets_go(&self, index: VolumeIndex) -> bool {
         self.volumes.get(usize::from(index.0)).is_some_and(|v| v.gone)
+    }
+
+    /// The disks are read, or cannot be: commands that came before.
+    pub(super) fn answer_early(&mut self) {
+        for (token, command) in std::mem::take(&mut self.early) {
+            self.on_operator(token, command);
+        }
     }
 
     /// First start of a new pair: this server's blank copies get an identity, the peer copies everything.

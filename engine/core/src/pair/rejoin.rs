@@ -1,5 +1,7 @@
 //! The end of a resync: back to the pair (G6), seen from both sides.
 
+use std::collections::BTreeMap;
+
 use super::server::{Server, Serving, newer};
 use super::session::Phase;
 use super::steps::Step;
@@ -55,7 +57,20 @@ impl Server {
             self.order_all(&Order::Serve { mode: ServeMode::Mirrored, epoch: epoch.number });
         }
         self.send(ControlMessage::Mirrored { epoch, primary });
-        self.enter_mirrored("the resync ended");
+        let fields = self.resync_fields();
+        self.enter_mirrored_with("the resync ended", fields);
+    }
+
+    /// The source's account of the resync: what was marked, and what was sent.
+    fn resync_fields(&mut self) -> BTreeMap<String, String> {
+        let all = self.resynced.iter_mut().filter_map(Option::take);
+        let (total, sent) = all.fold((0, 0), |(t, s), r| (t + r.total_bytes, s + r.sent_bytes));
+        let field = |name: &str, value: String| (name.to_owned(), value);
+        BTreeMap::from([
+            field("role", "source".to_owned()),
+            field("total_bytes", total.to_string()),
+            field("sent_bytes", sent.to_string()),
+        ])
     }
 
     /// A return that could not end: its record may never be written, the era is what the disks say.
@@ -103,6 +118,7 @@ impl Server {
             return;
         }
         self.send(ControlMessage::MirroredAck { epoch });
-        self.enter_mirrored("the resync ended");
+        let fields = BTreeMap::from([("role".to_owned(), "target".to_owned())]);
+        self.enter_mirrored_with("the resync ended", fields);
     }
 }

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
-use super::api::{Action, Input, OperatorToken, Refusal, ServerConfig};
+use super::api::{Action, Input, Operator, OperatorToken, Refusal, ServerConfig};
 use super::session::{Phase, Session};
 use super::steps::Pending;
 use super::stop::Stopping;
@@ -26,6 +26,13 @@ pub(super) enum Serving {
     Returning,
     /// This server's disk failed: its clients' requests go to the peer, which is primary (G12).
     Front,
+}
+
+/// What a finished resync copied.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Resynced {
+    pub(super) total_bytes: u64,
+    pub(super) sent_bytes: u64,
 }
 
 /// What is known of a volume.
@@ -99,10 +106,14 @@ pub struct Server {
     pub(super) serve_not_before: Instant,
     pub(super) waiting_to_serve: Option<u64>,
     pub(super) stopping: Option<Stopping>,
+    /// Commands that came before the disks were read.
+    pub(super) early: Vec<(OperatorToken, Operator)>,
     pub(super) in_use: Option<String>,
     pub(super) volumes_turn: bool,
     pub(super) peer_copies: Vec<Option<CopyState>>,
     pub(super) full_copy: Vec<bool>,
+    /// What the resync of this session copied, by volume, once it is done.
+    pub(super) resynced: Vec<Option<Resynced>>,
     pub(super) reason: String,
     pub(super) operators: Vec<(OperatorToken, super::operator::Waiting)>,
 }
@@ -135,10 +146,12 @@ impl Server {
             serve_not_before: Instant::default(),
             waiting_to_serve: None,
             stopping: None,
+            early: Vec::new(),
             in_use: None,
             volumes_turn: true,
             peer_copies: vec![None; count],
             full_copy: vec![false; count],
+            resynced: vec![None; count],
             reason: "reading the disks".to_owned(),
             operators: Vec::new(),
         }
@@ -428,13 +441,17 @@ impl Server {
             Report::Unusable { code, text } => {
                 self.reason.clone_from(&text);
                 self.volumes[at].unusable = Some((code, text.clone()));
+                self.answer_early();
                 self.event("refused", format!("volume {}: {text}", self.config.volumes[at]), code);
             }
             Report::Recorded { tag, copy } => {
                 self.set_copy(at, *copy);
                 self.on_recorded(at, tag);
             }
-            Report::Synced => self.on_synced(at),
+            Report::Synced { total_bytes, sent_bytes } => {
+                self.resynced[at] = Some(Resynced { total_bytes, sent_bytes });
+                self.on_synced(at);
+            }
             Report::Adopted { copy } => {
                 self.set_copy(at, *copy);
                 self.on_adopted(at);
@@ -512,6 +529,7 @@ impl Server {
         if let Some(session) = self.session.as_ref().map(|s| s.id) {
             self.begin_hello(session);
         }
+        self.answer_early();
     }
 }
 

@@ -429,10 +429,18 @@ impl Server {
 
     /// Both copies are in step.
     pub(super) fn enter_mirrored(&mut self, reason: &str) {
+        self.enter_mirrored_with(reason, BTreeMap::new());
+    }
+
+    /// The same, with what is to be told of the resync before.
+    pub(super) fn enter_mirrored_with(&mut self, reason: &str, fields: BTreeMap<String, String>) {
         self.in_step_heard = self.now;
         self.eligible = true;
         self.peer_copies.fill(Some(CopyState::UpToDate));
         self.transition("synced", reason, |s| s.set_phase(Phase::Mirrored));
+        if let Some(super::api::Action::Event(event)) = self.actions.back_mut() {
+            event.fields = fields;
+        }
         self.beat_now();
     }
 
@@ -472,6 +480,7 @@ impl Server {
             self.order(index, Order::Join { session, part, resume: false, toward: Generation::NONE });
         }
         let synced = vec![false; self.volumes.len()];
+        self.resynced.fill(None);
         self.peer_copies.fill(Some(CopyState::Inconsistent { toward: Generation::NONE }));
         self.transition("sync-started", &format!("source by {rule}"), |s| {
             s.set_phase(Phase::Syncing { synced });

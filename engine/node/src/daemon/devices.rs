@@ -387,6 +387,7 @@ impl Daemon {
         };
         match spawn(settings, placed) {
             Ok((handle, thread)) => {
+                super::input::set_pace(&handle, &self.config);
                 self.volumes[at] = Some(handle);
                 self.threads.push(thread);
                 self.feed(Input::Reopened(index));

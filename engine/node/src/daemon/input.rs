@@ -2,17 +2,27 @@
 
 use duplex_core::ids::VolumeIndex;
 use duplex_core::message::ControlMessage;
-use duplex_core::mirror::api::Pace;
+use duplex_core::mirror::api::{Order, Pace};
 use duplex_core::pair::api::{Input, Operator};
 use duplex_link::{LinkEvent, SessionEnd};
 
 use super::run::Daemon;
 use crate::clock;
+use crate::config::Config;
 use crate::control::api::{Answer, Command, PromoteMode};
 use crate::control::server::Call;
 use crate::control::status::SessionRefusal;
 use crate::failure::Failure;
-use crate::volume::{VolumeCommand, VolumeEvent};
+use crate::volume::{VolumeCommand, VolumeEvent, VolumeHandle};
+
+/// The pace that the configuration names; operators change it while the daemon runs.
+pub(super) fn set_pace(volume: &VolumeHandle, config: &Config) {
+    for pace in
+        [Pace::MaxBytesPerSecond(config.resync.max_bytes_per_s), Pace::Priority(config.resync.priority)]
+    {
+        volume.send(VolumeCommand::Order(Order::Pace(pace)));
+    }
+}
 
 impl Daemon {
     /// Gives the server machine an input and carries out what follows.

@@ -259,6 +259,7 @@ async fn open_volumes(
             events: events.clone(),
         };
         let (handle, thread) = spawn(settings, placed).map_err(|error| failed(error.to_string()))?;
+        super::input::set_pace(&handle, config);
         handles.push(Some(handle));
         threads.push(thread);
     }
