@@ -196,7 +196,7 @@ fn resolve(pair: &mut Pair, history: &Shared, theirs: &Shared) -> Result<()> {
 const DIFFERENCES: &[(&str, &str, &[&str])] = &[
     ("frontend = \"none\"", "frontend = \"none\"\nblock_bytes = 16384", &["block", "configuration"]),
     ("[security]", "[arbiter]\nsilent_ms = 900\n[security]", &["configuration"]),
-    ("10.9.0.2:7700", "10.9.0.2:7701", &["address", "configuration"]),
+    ("10.9.0.1:7700", "10.9.0.1:7701", &["address", "configuration"]),
     ("pair = \"lab\"", "pair = \"bal\"", &["pair", "foreign"]),
     ("alpha", "alfa", &["server-name"]),
 ];
@@ -243,7 +243,8 @@ fn refused_with(pair: &mut Pair, codes: &[&str]) -> Result<()> {
         "refused as `{code}`, not as one of {codes:?}: {event}"
     );
     ensure!(!event["mine"].is_null() && !event["theirs"].is_null(), "a refusal without both values: {event}");
-    ensure!(pair.beta.status_word("/volumes/0/copy")? == "blank", "beta's copy of {VOLUME} changed");
+    let read = pair.beta.wait_status("its disk to be read", |s| s["volumes"][0]["copy"] != "unknown")?;
+    ensure!(read["volumes"][0]["copy"] == "blank", "beta's copy of {VOLUME} changed: {}", read["volumes"][0]);
     ensure!(pair.alpha.status_word("/role")? == "primary", "alpha stopped serving");
     Ok(())
 }

@@ -177,6 +177,22 @@ fn spoil(server: &Server, block: u64) -> Result<()> {
     Ok(file.sync_all()?)
 }
 
+/// How many blocks of two copies differ now, by reading both.
+fn differing(pair: &Pair, size: u64) -> Result<u64> {
+    let difference = crate::lab::copies::compare(&pair.alpha.copy(size)?, &pair.beta.copy(size)?)?;
+    Ok(difference.map_or(0, |difference| difference.blocks))
+}
+
+/// I4: no fewer blocks are marked than differ, once the status page (which is a little behind) tells of the last
+/// write. Gives how many are marked.
+fn marked(server: &Server, differing_blocks: u64) -> Result<u64> {
+    let status = server
+        .wait_status(&format!("I4: marks of all {differing_blocks} blocks that differ"), |s| {
+            s["volumes"][0]["dirty_blocks"].as_u64().is_some_and(|marked| marked >= differing_blocks)
+        })?;
+    number(&status["volumes"][0], "dirty_blocks")
+}
+
 /// Bytes that the newest finished resync sent, from the `synced` event of its source.
 fn sent_in_resync(source: &Server) -> Result<u64> {
     let event = source.event("synced")?;

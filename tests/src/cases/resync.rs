@@ -5,7 +5,9 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
-use super::{Case, Stage, cheap, run_load, says, sent_in_resync, spoil, verify, write_some};
+use super::{
+    Case, Stage, cheap, differing, marked, run_load, says, sent_in_resync, spoil, verify, write_some,
+};
 use crate::lab::history::{BLOCK_BYTES, Floor};
 use crate::lab::pair::{LIMIT, VOLUME};
 use crate::lab::writer::{Load, Shared, lock};
@@ -100,11 +102,16 @@ fn interrupted(stage: &mut Stage) -> Result<()> {
     }
     pair.beta.boot(false)?;
     pair.beta.start_daemon()?;
+    let read =
+        pair.beta.wait_status("its disk to be read", |status| status["volumes"][0]["copy"] != "unknown")?;
     ensure!(
-        pair.beta.status_word("/volumes/0/copy")? == "inconsistent",
-        "the target forgot that it is inconsistent"
+        read["volumes"][0]["copy"] == "inconsistent",
+        "the target forgot that it is inconsistent: {}",
+        read["volumes"][0]
     );
     run_load(&pair.alpha, &history, hot)?;
+    // Slower near the end, or it is over between two looks.
+    pair.alpha.must(&["resync", "max-rate", "512KiB"])?;
     left = reach(pair, 90)?;
     pair.alpha.kill()?;
     pair.beta
@@ -161,10 +168,8 @@ fn operator_control(stage: &mut Stage) -> Result<()> {
     ensure!(still >= left, "a paused resync went on: {left} bytes left before, {still} after");
     pair.beta.kill()?;
     pair.alpha.wait("alone", LIMIT)?;
-    ensure!(
-        pair.alpha.dirty_blocks()? * BLOCK_BYTES as u64 >= left,
-        "the interruption lost bits of {left} bytes"
-    );
+    marked(&pair.alpha, left.div_ceil(BLOCK_BYTES as u64))
+        .with_context(|| format!("the interruption lost bits of {left} bytes"))?;
     pair.beta.boot(false)?;
     pair.beta.start_daemon()?;
     for priority in ["low", "high", "normal"] {
@@ -192,7 +197,7 @@ fn delta(stage: &mut Stage) -> Result<()> {
         ..Load::everywhere(72, &*lock(&history)?)
     };
     run_load(&pair.alpha, &history, load)?;
-    let dirty = pair.alpha.dirty_blocks()?;
+    let dirty = marked(&pair.alpha, differing(pair, pair.volume_bytes()?)?)?;
     let start = std::time::Instant::now();
     pair.beta.boot(false)?;
     pair.beta.start_daemon()?;
