@@ -25,6 +25,9 @@ const FRUITLESS_ENTERS_MAX: u32 = 1000;
 /// How long a dropped ring waits for the kernel to cancel what is still in flight.
 const DROP_CANCEL_TIMEOUT: Timespec = Timespec::new().sec(1);
 
+/// A prompt operation that is not prompt holds a turn up by at most this.
+const PROMPT_WAIT_US: u32 = 1000;
+
 /// `struct __kernel_timespec`.
 #[repr(C)]
 struct KernelTimespec {
@@ -52,6 +55,10 @@ pub struct Ring {
     wake_armed: bool,
     enabled: bool,
     enters: u64,
+    /// Prompt operations queued since the last enter.
+    prompt: u32,
+    /// The kernel waits for several completions for a while, and then for one.
+    waits_for_several: bool,
     completions_lost: u32,
 }
 
@@ -70,6 +77,7 @@ impl Ring {
             .dontfork()
             .build(entries)
             .map_err(|error| RingError::refusal(errno_of(&error), entries, disabled_setting()))?;
+        let waits_for_several = uring.params().is_feature_min_timeout();
         let waker = Waker::new().map_err(|errno| match errno {
             Errno::MFILE | Errno::NFILE => RingError::NoDescriptor(errno),
             other => RingError::Setup { step: "eventfd", errno: other },
@@ -82,6 +90,8 @@ impl Ring {
             wake_armed: false,
             enabled: false,
             enters: 0,
+            prompt: 0,
+            waits_for_several,
             completions_lost: 0,
         })
     }
@@ -95,6 +105,18 @@ impl Ring {
     pub unsafe fn push(&mut self, entry: squeue::Entry, token: Token) {
         debug_assert!(token.owner != Owner::RING, "owner 0 is the ring's own");
         self.enqueue(entry.user_data(token.pack()));
+    }
+
+    /// As [`push`](Ring::push), for an operation that as a rule ends while it is submitted and whose end is no news: a
+    /// send to a socket with room. A waiting [`turn`](Ring::turn) waits for one completion more than these, instead
+    /// of returning with theirs alone.
+    ///
+    /// # Safety
+    /// As [`push`](Ring::push).
+    pub unsafe fn push_prompt(&mut self, entry: squeue::Entry, token: Token) {
+        self.prompt = self.prompt.saturating_add(1);
+        // SAFETY: the caller's, the same.
+        unsafe { self.push(entry, token) };
     }
 
     /// Asks the kernel to cancel every operation pushed under `token`. Its completion comes as usual (with
@@ -174,6 +196,11 @@ impl Ring {
         self.enters
     }
 
+    /// Whether this kernel (6.12 or later) lets a turn wait past [prompt](Ring::push_prompt) completions.
+    pub const fn waits_for_several(&self) -> bool {
+        self.waits_for_several
+    }
+
     fn enable(&mut self) -> Result<(), RingError> {
         if !self.enabled {
             self.uring.submitter().register_enable_rings().map_err(|error| RingError::Setup {
@@ -227,15 +254,16 @@ impl Ring {
 
     fn enter(&mut self, to_submit: u32, wait: Option<Duration>) -> Result<(), Errno> {
         self.enters += 1;
+        let prompt = if self.waits_for_several { std::mem::take(&mut self.prompt) } else { 0 };
         let (min_complete, limit) = match wait {
             Some(Duration::ZERO) => (0, None),
-            Some(time) => (1, Some(kernel_timespec(time))),
-            None => (1, None),
+            Some(time) => (1 + prompt, Some(kernel_timespec(time))),
+            None => (1 + prompt, None),
         };
         let argument = GetEventsArg {
             sigmask: 0,
             sigmask_size: 0,
-            min_wait_usec: 0,
+            min_wait_usec: if min_complete > 1 { PROMPT_WAIT_US } else { 0 },
             timespec: limit.as_ref().map_or(0, |limit| ptr::from_ref(limit) as u64),
         };
         // GETEVENTS even without waiting: deferred task work runs only then.

@@ -193,3 +193,37 @@ fn a_dropped_ring_lets_go_of_what_a_component_forgot() {
     assert_eq!(rustix::io::read(&reader, &mut seen), Ok(1), "the byte is still in the pipe");
     assert_eq!((*byte, seen[0]), (0, 9));
 }
+
+#[test]
+fn a_prompt_operation_alone_does_not_end_a_turn() {
+    let mut ring = Ring::new(64).unwrap();
+    if !ring.waits_for_several() {
+        println!("SKIPPED: this kernel waits for one completion only (before 6.12)");
+        return;
+    }
+    let soon = io_uring::types::Timespec::new().nsec(100_000);
+    // SAFETY: a NOP points to nothing, the time outlives the turn that ends the timeout.
+    unsafe {
+        ring.push_prompt(opcode::Nop::new().build(), Token::new(MINE, 1, 1));
+        ring.push(opcode::Timeout::new(&raw const soon).build(), Token::new(MINE, 1, 2));
+    }
+    let mut out = Vec::new();
+    ring.turn(None, &mut out).unwrap();
+    let indexes: Vec<u32> = out.iter().map(|completion| completion.token.index).collect();
+    assert_eq!((indexes, ring.enters()), (vec![1, 2], 1));
+}
+
+#[test]
+fn a_prompt_operation_that_hangs_keeps_no_other_completion_back() {
+    let (reader, _writer) = pipe_with(PipeFlags::CLOEXEC).unwrap();
+    let mut byte = Box::new(0_u8);
+    let mut ring = Ring::new(64).unwrap();
+    let read = opcode::Read::new(Fd(reader.as_raw_fd()), &mut *byte, 1).build();
+    // SAFETY: the box outlives the ring, whose drop cancels the read.
+    unsafe { ring.push_prompt(read, Token::new(MINE, 1, 1)) };
+    push_nop(&mut ring, 2);
+    let out = turn_until(&mut ring, 1);
+    assert_eq!(out[0].token.index, 2);
+    drop(ring);
+    assert_eq!(*byte, 0);
+}

@@ -252,7 +252,7 @@ impl Connection {
         // SAFETY: header and parts are boxed and not touched before the completion; heads, inline bodies and records
         // are held by `send`, payloads by references to their arena buffers; all of them, and the socket, live
         // until the completion: a connection is dropped only when not busy.
-        unsafe { ring.push(entry, Token::new(owner, KIND_SEND, self.index)) };
+        unsafe { ring.push_prompt(entry, Token::new(owner, KIND_SEND, self.index)) };
     }
 
     /// A send ended; `count` bytes went out. `true`: some are left, send again.

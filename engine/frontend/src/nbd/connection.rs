@@ -562,7 +562,7 @@ impl Connection {
             let entry = opcode::SendMsg::new(fd, message).flags(libc::MSG_NOSIGNAL as u32).build();
             // SAFETY: batch, vectors and header stay where they are until the completion (`tx.in_flight`), and the
             // slots of its payloads are freed only when they are sent or the connection is reaped.
-            unsafe { ring.push(entry, Token::new(owner, KIND_SEND, self.index.into())) };
+            unsafe { ring.push_prompt(entry, Token::new(owner, KIND_SEND, self.index.into())) };
             self.tx.in_flight = true;
         }
         moved && (self.blocked != Blocked::No || self.phase != Phase::Transmission)
