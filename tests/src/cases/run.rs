@@ -11,7 +11,7 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use super::wrong_configurations::WRONG;
 use super::{Case, Stage};
 use crate::lab::pair::{LIMIT, VOLUME};
-use crate::lab::{PairOptions, Seed, Server, wait};
+use crate::lab::{Pair, PairOptions, Seed, Server, wait};
 
 pub(super) const CASES: &[Case] = &[
     Case {
@@ -116,7 +116,7 @@ fn restart_under_load(stage: &mut Stage) -> Result<()> {
     let files = Files::start(mount.clone());
     let result: Result<()> = (|| {
         files.wait_more(20)?;
-        for _ in 0..3 {
+        for round in 0..4 {
             if sabotage {
                 for (pid, words) in pair.alpha.host()?.processes()? {
                     if words.contains(" holder") {
@@ -124,26 +124,62 @@ fn restart_under_load(stage: &mut Stage) -> Result<()> {
                     }
                 }
             }
-            pair.alpha.kill_daemon()?;
+            if round % 2 == 0 {
+                pair.alpha.kill_daemon()?;
+            } else {
+                pair.alpha.signal_daemon(rustix::process::Signal::TERM)?;
+                pair.alpha.wait_daemon_end()?;
+            }
             pair.alpha.start_daemon()?;
             pair.alpha.wait("role=primary", LIMIT)?;
             files.wait_more(20)?;
             pair.wait_mirrored()?;
         }
-        Ok(())
+        let said = pair.alpha.refused(&["switchover"], 1)?;
+        super::says(&said, &["use"]).context("a switchover while the device is mounted")
     })();
     let written = files.finish();
     let checked = written.as_ref().map_or(Ok(()), |written| check_files(&mount, *written));
     let unmounted = system(&["umount", &point]);
     result?;
-    Stage::note(&format!("{} files written and synced over three restarts", written?));
+    Stage::note(&format!("{} files written and synced over four restarts", written?));
     checked?;
     unmounted?;
-    system(&["fsck.ext4", "-fn", &name]).context("the file system after three restarts")?;
+    system(&["fsck.ext4", "-fn", &name]).context("the file system after four restarts")?;
     ensure!(device_of(&pair.alpha)? == device, "the device has another name after the restarts");
-    let sent = super::sent_in_resync(&pair.alpha)?;
-    ensure!(sent < pair.volume_bytes()? / 2, "a restart sent {sent} bytes: no short resync");
+    short_resyncs(pair)?;
+    hand_over(pair)
+}
+
+/// A killed daemon's marks are copied, and no more; one that ended in order leaves nothing to copy.
+fn short_resyncs(pair: &Pair) -> Result<()> {
+    let ends = pair.alpha.events_of("synced")?;
+    // The first is the first copy.
+    let sent: Vec<u64> =
+        ends.iter().skip(1).filter_map(|event| super::number(event, "sent_bytes").ok()).collect();
+    ensure!(!sent.is_empty(), "no resync followed a kill: {ends:?}");
+    let most = pair.volume_bytes()? / 2;
+    ensure!(sent.iter().all(|sent| *sent < most), "restarts sent {sent:?} bytes: no short resyncs");
+    Stage::note(&format!("{} resyncs sent {sent:?} bytes", sent.len()));
     Ok(())
+}
+
+/// A device goes with the role, and the holder with `down`.
+fn hand_over(pair: &mut Pair) -> Result<()> {
+    pair.alpha.must(&["switchover"])?;
+    pair.beta.wait("role=primary", LIMIT)?;
+    pair.beta.wait_status("a device", |status| status["volumes"][0]["device"].is_string())?;
+    let link = pair.alpha.run_directory().join("dev").join(VOLUME);
+    wait::until("alpha's device to go", LIMIT, || {
+        let named = !pair.alpha.status()?["volumes"][0]["device"].is_null();
+        Ok((!named && std::fs::symlink_metadata(&link).is_err()).then_some(()))
+    })?;
+    pair.alpha.must(&["down"])?;
+    pair.alpha.wait_daemon_end()?;
+    let left = pair.alpha.host()?.processes()?;
+    ensure!(!left.iter().any(|(_, words)| words.contains(" holder")), "`down` leaves the holder: {left:?}");
+    pair.alpha.start_daemon()?;
+    pair.wait_mirrored()
 }
 
 fn configuration_errors(stage: &mut Stage) -> Result<()> {
