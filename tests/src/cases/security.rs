@@ -166,6 +166,7 @@ fn control_socket(stage: &mut Stage) -> Result<()> {
     for verb in [&["status", "--json"][..], &["demote"], &["down"]] {
         let output = as_user(&pair.alpha, uid, &mine, verb)?;
         ensure!(!output.success(), "user {uid} may `{}`: {}", verb.join(" "), output.text());
+        says(&output.text(), &["this user may not"])?;
     }
     let control = pair.alpha.run_directory().join("control");
     let mode = std::fs::metadata(&control)?.permissions().mode();
@@ -174,8 +175,12 @@ fn control_socket(stage: &mut Stage) -> Result<()> {
     for path in [pair.alpha.run_directory(), control] {
         std::fs::set_permissions(path, Permissions::from_mode(0o777))?;
     }
-    let output = as_user(&pair.alpha, uid, &mine, &["demote"])?;
-    ensure!(!output.success(), "user {uid} may `demote`: {}", output.text());
+    for _ in 0..20 {
+        let output = as_user(&pair.alpha, uid, &mine, &["demote"])?;
+        ensure!(!output.success(), "user {uid} may `demote`: {}", output.text());
+        says(&output.text(), &[&format!("user {uid} may not")])
+            .context("the refusal must always be clear")?;
+    }
     let event = pair.alpha.event("refused")?;
     says(&event.to_string(), &[&uid.to_string()])?;
     ensure!(pair.alpha.status_word("/role")? == "primary", "alpha was disturbed");
