@@ -104,7 +104,9 @@ fn device_of(server: &Server) -> Result<PathBuf> {
 
 fn restart_under_load(stage: &mut Stage) -> Result<()> {
     let sabotage = stage.sabotage;
-    let pair = stage.pair(PairOptions { frontend: "fuse", ..PairOptions::default() })?;
+    // A killed daemon marks every extent of 4 MiB that was in use: on a small volume that would be all of it.
+    let volume_bytes = 512 << 20;
+    let pair = stage.pair(PairOptions { volume_bytes, frontend: "fuse", ..PairOptions::default() })?;
     pair.start_mirrored()?;
     let device = device_of(&pair.alpha)?;
     let name = device.display().to_string();
