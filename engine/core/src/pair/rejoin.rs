@@ -93,6 +93,10 @@ impl Server {
         if let Some(facts) = self.volumes[at].facts.as_mut() {
             facts.dirty_blocks = 0;
         }
+        let early = self.session.as_mut().and_then(|session| session.mirrored_early.take());
+        if let Some((epoch, primary)) = early {
+            self.on_mirrored(epoch, primary);
+        }
     }
 
     /// Target: the source gave its right back (C5). Durable before this server counts itself mirrored.
@@ -101,7 +105,14 @@ impl Server {
             return;
         };
         let adopted = matches!(&session.phase, Phase::Syncing { synced } if synced.iter().all(|s| *s));
-        if !adopted || session.i_am_source == Some(true) {
+        if session.i_am_source == Some(true) {
+            return;
+        }
+        if !adopted {
+            // The source heard of it on the data connection; this server's own volumes tell in a moment.
+            if matches!(session.phase, Phase::Syncing { .. }) {
+                session.mirrored_early = Some((epoch, primary));
+            }
             return;
         }
         session.peer_primary = primary;

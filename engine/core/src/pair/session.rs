@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use super::server::{Server, Serving};
 use super::steps::Step;
 use crate::format::record::{CopyState, Era, Origin};
-use crate::ids::{Generation, Incarnation, SessionId};
+use crate::ids::{Epoch, Generation, Incarnation, SessionId};
 use crate::message::{ControlMessage, Hello, LiveState, PROTOCOL_VERSION, VolumeHello};
 use crate::mirror::api::{CopyChange, CopyPlan, Order, Part};
 use crate::resync::pair::{PairDecision, PairOutcome, Primary, decide_pair, who_is_primary};
@@ -47,6 +47,8 @@ pub(super) struct Session {
     acted_on: Option<(u64, u64)>,
     pub(super) peer_live: Option<LiveState>,
     pub(super) peer_primary: bool,
+    /// Target: `Mirrored` of the source, come before this server's volumes had told that they adopted.
+    pub(super) mirrored_early: Option<(Epoch, bool)>,
     /// The peer's disk failed; it forwards its clients' requests here.
     pub(super) host: bool,
     pub(super) echo_ns: u64,
@@ -72,6 +74,7 @@ impl Server {
             acted_on: None,
             peer_live: None,
             peer_primary: false,
+            mirrored_early: None,
             host: false,
             echo_ns: 0,
             next_heartbeat: self.now,
