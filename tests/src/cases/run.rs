@@ -113,7 +113,8 @@ fn restart_under_load(stage: &mut Stage) -> Result<()> {
     let mount = pair.directory().join("mnt");
     std::fs::create_dir(&mount)?;
     let point = mount.display().to_string();
-    system(&["mkfs.ext4", "-q", &name])?;
+    // Without discards: they would put every extent into use.
+    system(&["mkfs.ext4", "-q", "-E", "nodiscard", &name])?;
     system(&["mount", &name, &point])?;
     let files = Files::start(mount.clone());
     let result: Result<()> = (|| {
