@@ -8,7 +8,6 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use duplex_core::ids::{SessionId, VolumeIndex};
-use duplex_core::message::LiveState;
 use duplex_core::pair::Server;
 use duplex_core::pair::api::{Input, Operator, OperatorToken, ServerConfig};
 use duplex_core::time::Instant;
@@ -35,9 +34,6 @@ use crate::volume::{Settings, VolumeCommand, VolumeEvent, VolumeHandle, place, s
 pub(super) const CLAIM_WAIT: Duration = Duration::from_secs(30);
 /// Events of volumes, commands of operators that may wait for the main loop.
 const QUEUE: usize = 4096;
-/// Commands that come while the disks are being read wait this long, and so many of them.
-const EARLY_WAIT: Duration = Duration::from_secs(5);
-const EARLY_MAX: usize = 64;
 /// The status page is renewed at least this often.
 const PAGE_EVERY: Duration = Duration::from_millis(100);
 
@@ -87,8 +83,6 @@ pub(super) struct Daemon {
     pub(super) rates: Vec<Rate>,
     pub(super) status: watch::Sender<Arc<Status>>,
     pub(super) volume_events: mpsc::Sender<(VolumeIndex, VolumeEvent)>,
-    /// Commands to carry out, and how long they may wait for the disks.
-    pub(super) early: VecDeque<(Instant, Call)>,
     /// Inputs that came of carrying actions out.
     pub(super) inputs: VecDeque<Input>,
     pub(super) exiting: bool,
@@ -166,7 +160,6 @@ async fn run_here(options: &Options, stored: Vec<(String, OwnedFd)>) -> Result<(
         rates: vec![Rate::default(); count],
         status,
         volume_events,
-        early: VecDeque::new(),
         inputs: VecDeque::new(),
         exiting: false,
         leaving_devices: false,
@@ -320,28 +313,15 @@ impl Daemon {
                 },
                 Some((index, event)) = sources.volumes.recv() => self.on_volume(index, event)?,
                 Some(event) = sources.devices.recv() => self.on_device(event),
-                Some(call) = sources.commands.recv(), if self.early.len() < EARLY_MAX => {
-                    self.early.push_back((clock::now() + EARLY_WAIT, call));
-                }
+                Some(call) = sources.commands.recv() => self.on_call(call).await,
                 _ = terminate.recv() => self.on_signal("SIGTERM"),
                 _ = interrupt.recv() => self.on_signal("SIGINT"),
                 () = tokio::time::sleep(wait) => self.feed(Input::Time),
                 _ = page.tick() => self.on_tick(),
             }
-            self.take_calls().await;
             self.after_input();
         }
         Ok(())
-    }
-
-    /// Commands are carried out once the disks are read: whoever starts the daemon may go on at once.
-    async fn take_calls(&mut self) {
-        while let Some((until, call)) = self.early.pop_front() {
-            if self.server.live() == LiveState::Loading && clock::now() < until {
-                return self.early.push_front((until, call));
-            }
-            self.on_call(call).await;
-        }
     }
 
     fn wait(&self) -> Duration {
