@@ -57,7 +57,16 @@ impl World {
         if self.clients.quiet || self.now < self.clients.quiet_until {
             return;
         }
-        let first = self.rng.index(2);
+        // A front and its host both let clients in. Of two overlapping writes under way at both either may be the
+        // later one; the oracle knows one order, so all that is under way is asked at one of them.
+        let under_way = |host: Host| {
+            self.machines[host].process.as_ref().is_some_and(|p| !p.volumes[volume].requests.is_empty())
+        };
+        let first = match (under_way(0), under_way(1)) {
+            (true, false) => 0,
+            (false, true) => 1,
+            (true, true) | (false, false) => self.rng.index(2),
+        };
         let serving = [first, 1 - first].into_iter().find(|host| self.exposed(*host, volume));
         let Some(host) = serving else { return };
         let depth = self.profile.volumes[volume].depth;

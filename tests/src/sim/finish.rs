@@ -169,11 +169,16 @@ impl World {
         process.is_some_and(|process| process.volumes.iter().all(|t| t.machine.copy_state() == whole))
     }
 
-    /// A dead disk makes place for a new one.
+    /// A dead disk makes place for a new one. A server whose disk died in the middle of going alone has the new
+    /// generation on its other volumes only; nothing was served in it, but the servers refuse each other
+    /// (`mixed-sources`). The operator then gives up all of its copies: the peer's are whole.
     fn replace_disks(&mut self, host: Host) {
+        let half_alone = self.machines[host].process.as_ref().is_some_and(|process| {
+            process.volumes.iter().any(|t| t.machine.server_record().is_some_and(|r| r.era.is_solo()))
+        });
         self.end(host, None);
         for volume in 0..self.profile.volumes.len() {
-            if self.machines[host].disks[volume].dead {
+            if self.machines[host].disks[volume].dead || half_alone {
                 self.format(host, volume);
             }
         }

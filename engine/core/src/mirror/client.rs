@@ -237,7 +237,10 @@ impl Volume {
     pub(super) fn client_logged(&mut self, ticket: Ticket) {
         if let Ok(slot) = u32::try_from(ticket.0) {
             self.clients.waiting_for_log = self.clients.waiting_for_log.saturating_sub(1);
-            self.run_write(slot);
+            // A front forwarded it meanwhile: its failed copy's log says nothing any more.
+            if self.clients.get(slot).is_some_and(|op| op.stage == Stage::Log) {
+                self.run_write(slot);
+            }
         }
     }
 
@@ -252,6 +255,7 @@ impl Volume {
             return;
         };
         op.stage = Stage::Running;
+        op.logged = true;
         op.seq = seq;
         op.local = Leg::Pending;
         op.remote = match (replicate, alone) {
