@@ -158,6 +158,9 @@ impl Server {
         if self.is_primary() {
             return self.answer(token, Ok("this server is primary already".to_owned()));
         }
+        if self.becoming_primary() {
+            return self.answer(token, refuse("not-now", "this server is becoming primary already"));
+        }
         if !self.all_up_to_date() {
             return self.answer(token, refuse("not-up-to-date", self.why_not_current()));
         }

@@ -37,6 +37,7 @@ impl Server {
     pub(super) fn primary_ready(&mut self, id: SessionId, epoch: Epoch, token: Option<OperatorToken>) {
         let stands = self.in_step_session() == Some(id)
             && self.session.as_ref().is_some_and(|s| !s.peer_primary)
+            && self.serving == Serving::No
             && self.stopping.is_none();
         if !stands {
             if let Some(token) = token {
