@@ -88,12 +88,14 @@ impl FlushState {
 
 impl Volume {
     pub(super) fn idle_deadline(&self) -> Option<Instant> {
-        let busy = self.clients.running() != 0 || self.flushes.in_flight() || self.flushes.settling;
+        if self.clients.running() != 0 || self.flushes.in_flight() || self.flushes.settling {
+            return None;
+        }
         let open = self.serve != Serve::Closed && self.serve != Serve::Frozen;
         let active = self.log.as_ref().is_some_and(|log| log.active_extents() > 0);
-        // What only a flush of both copies proves waits for the peer.
-        let provable = self.can_replicate() || self.log.as_ref().is_some_and(|log| !log.has_touched());
-        (open && active && provable && !busy && self.failed.is_none()).then(|| self.clients.last_use + IDLE)
+        // What only a flush of both copies proves waits for the peer. The log is looked through only when it matters.
+        let provable = || self.can_replicate() || self.log.as_ref().is_some_and(|log| !log.has_touched());
+        (open && active && self.failed.is_none() && provable()).then(|| self.clients.last_use + IDLE)
     }
 
     pub(super) fn stall_deadline(&self) -> Option<Instant> {

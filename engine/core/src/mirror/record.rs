@@ -71,6 +71,11 @@ impl Recording {
     pub(super) fn queue(&mut self, job: Job) {
         self.queue.push_back(job);
     }
+
+    /// Something is to be recorded, now or once its marks are durable.
+    fn has_job(&self) -> bool {
+        self.marking.is_some() || !self.queue.is_empty()
+    }
 }
 
 impl Volume {
@@ -93,13 +98,16 @@ impl Volume {
         if !matches!(self.start, Starting::Recording | Starting::Ready) {
             return false;
         }
-        let Some(current) = self.superblock.clone() else {
+        // Asked after every input: nothing is copied while there is nothing to record.
+        if self.superblock.is_none() || !self.recording.has_job() {
             return false;
-        };
+        }
         let Some(job) = self.next_job() else {
             return false;
         };
-        let mut next = current;
+        let Some(mut next) = self.superblock.clone() else {
+            return false;
+        };
         next.server = job.server.clone();
         let new_log = self.apply_change(&mut next, &job);
         let counter = self.recording.next_counter;
