@@ -252,7 +252,8 @@ impl Volume {
     }
 
     fn window(&self) -> usize {
-        let all = self.copying.buffers.len();
+        // Free buffers and those with a chunk: a window of all of them.
+        let all = self.copying.buffers.len() + self.copying.in_flight();
         let clients = self.clients.running() > 0 || self.now.since(self.clients.last_use) < CLIENT_RECENT;
         match (self.copying.priority, clients) {
             (Priority::High, _) | (Priority::Normal, false) => all,
