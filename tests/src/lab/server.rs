@@ -58,6 +58,21 @@ pub struct Server {
     daemon_words: Vec<String>,
 }
 
+impl Drop for Server {
+    /// Ends its processes, then takes away the loop devices that a killed daemon left.
+    fn drop(&mut self) {
+        self.daemon = None;
+        drop(self.host.take());
+        let links = std::fs::read_dir(self.run_directory().join("dev"));
+        for link in links.into_iter().flatten().flatten() {
+            if let Ok(device) = std::fs::read_link(link.path()) {
+                // Its file system died with the daemon; one that somebody still has open goes with the last user.
+                let _ = std::process::Command::new("losetup").arg("-d").arg(device).status();
+            }
+        }
+    }
+}
+
 impl Server {
     /// Not booted yet.
     pub fn new(name: &'static str, network: NetNs, disk: Disk, root: PathBuf) -> Server {
