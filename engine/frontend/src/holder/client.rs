@@ -166,6 +166,8 @@ pub fn start_holder(mut command: Command, path: &Path) -> Result<(Child, HolderC
             let _ = child.wait();
             return Err(failed("wait until it answers")(io::ErrorKind::TimedOut.into()));
         }
+        // A socket that does not exist yet cannot be waited for: look again, until `ANSWER_WAIT` at most. Not on a
+        // volume's thread.
         std::thread::sleep(Duration::from_millis(5));
     }
 }
