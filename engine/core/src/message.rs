@@ -231,6 +231,8 @@ pub struct VolumeHello {
     pub copy: CopyRecord,
     /// Blocks marked dirty, active extents included.
     pub dirty_blocks: u64,
+    /// Every block is marked, under a generation that no copy was ever copied towards: a full copy may begin.
+    pub whole_map: bool,
     /// An undo area can roll this copy back (reserved: false in this version).
     pub undo_available: bool,
 }

@@ -118,12 +118,7 @@ impl World {
             .filter_map(duplex_core::mirror::Volume::copy)
             .collect();
         let [a, b] = copies[..] else { return false };
-        let known = |x: &duplex_core::format::record::CopyRecord,
-                     y: &duplex_core::format::record::CopyRecord| {
-            x.generation == y.generation
-                || (x.base == y.generation && x.history.first() == Some(&y.generation))
-        };
-        known(a, b) || known(b, a)
+        a.map_reaches(b.generation) || b.map_reaches(a.generation)
     }
 
     /// Blocks whose content differs now.

@@ -136,6 +136,8 @@ pub struct Machine {
     pub clock: Clock,
     /// One each volume.
     pub disks: Vec<Disk>,
+    /// A disk of each volume that was pulled and not thrown away.
+    pub shelf: Vec<Option<Disk>>,
     /// The daemon, when it runs.
     pub process: Option<Process>,
     /// Counts processes: late events of an earlier one are dropped.

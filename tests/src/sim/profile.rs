@@ -103,6 +103,7 @@ impl Profile {
             (100, 2, Fault::FullCopy),
             (60, 2, Fault::BadBlocks),
             (60, 1, Fault::DiskDies),
+            (150, 6, Fault::SwapDisk),
             (500, 6, Fault::Quiet),
         ];
         let mut chosen: Vec<(u64, Fault)> =

@@ -48,6 +48,8 @@ pub enum Fault {
     BadBlocks,
     /// Every operation of a disk fails.
     DiskDies,
+    /// A server's disk makes place for a new one, or for the one that lay on the shelf.
+    SwapDisk,
     /// Clients are idle for a while.
     Quiet,
 }
@@ -140,6 +142,7 @@ impl World {
                 self.clients.quiet_until = self.now + self.rng.between(500, 3000) * MS;
             }
             Fault::BadBlocks | Fault::DiskDies => self.hurt_disk(host, fault),
+            Fault::SwapDisk => self.swap_disk(host),
             Fault::Demote
             | Fault::Switchover
             | Fault::Promote
@@ -197,6 +200,39 @@ impl World {
         });
     }
 
+    /// What an honest operator checks before: the other server runs alone by right, this one does not.
+    pub fn swap_disk(&mut self, host: Host) {
+        let other = self.machines[1 - host].process.as_ref();
+        let alone = other.is_some_and(|process| process.server.live().is_alone());
+        if !alone || self.script.failed != [false; 2] || self.is_solo_on_disk(host) {
+            return;
+        }
+        self.end(host, None);
+        let volume = self.rng.index(self.profile.volumes.len());
+        let from_shelf = self.rng.chance(600);
+        let stored = self.machines[host].shelf[volume].take().filter(|_| from_shelf);
+        let pulled = std::mem::take(&mut self.machines[host].disks[volume]);
+        self.machines[host].shelf[volume] = Some(pulled);
+        self.cover.hit(if stored.is_some() { "disk from the shelf" } else { "new disk" });
+        let what = if stored.is_some() { "the disk from the shelf" } else { "a new disk" };
+        self.trace.step(self.now, [8, host as u64, 1], || format!("{host}.{volume} gets {what}"));
+        match stored {
+            Some(disk) => self.machines[host].disks[volume] = disk,
+            None => self.format(host, volume),
+        }
+        self.oracle.power_cut(host);
+        if self.rng.chance(700) {
+            let later = self.rng.weighted(&[(2, 300), (1, 3000)]).unwrap_or(300);
+            let at = self.now + self.rng.between(30, later) * MS;
+            self.plan(at, Event::SwapAgain(host));
+        }
+        if !self.machines[host].restart_planned {
+            self.machines[host].restart_planned = true;
+            let at = self.now + self.rng.between(5, 60) * MS;
+            self.plan(at, Event::Start(host));
+        }
+    }
+
     fn command(&mut self, host: Host, fault: Fault) {
         let volume = self.rng.index(self.profile.volumes.len());
         match fault {
@@ -229,6 +265,7 @@ impl World {
             | Fault::Pause
             | Fault::BadBlocks
             | Fault::DiskDies
+            | Fault::SwapDisk
             | Fault::Quiet => {}
         }
     }

@@ -56,6 +56,8 @@ pub enum Event {
     Script,
     /// A daemon is started.
     Start(Host),
+    /// The operator, who changed a disk a moment ago, changes his mind.
+    SwapAgain(Host),
     /// The direction from a host passes again, unless a newer cut than this one holds.
     Heal(Host, u64),
 }
@@ -112,6 +114,7 @@ impl World {
             boot_id: BootId(rng.wide()),
             clock: Clock::new(rng.between(1, 1 << 40), 0, profile.rates[host]),
             disks: (0..profile.volumes.len()).map(|_| Disk::default()).collect(),
+            shelf: (0..profile.volumes.len()).map(|_| None).collect(),
             process: None,
             life: 0,
             restart_planned: false,
@@ -192,6 +195,7 @@ impl World {
             Event::Client(volume) => self.client_acts(volume),
             Event::Script => self.script_acts(),
             Event::Start(host) => self.start(host),
+            Event::SwapAgain(host) => self.swap_disk(host),
             Event::Heal(from, ticket) => {
                 if self.cuts[from] == ticket {
                     self.heal(from);

@@ -156,6 +156,22 @@ impl CopyRecord {
         }
     }
 
+    /// True if the dirty map names every block in which a copy of this generation may differ: it is this copy's
+    /// own, the one the map is relative to, or one between the two.
+    pub fn map_reaches(&self, generation: Generation) -> bool {
+        if generation.is_none() {
+            return false;
+        }
+        if generation == self.generation || generation == self.base {
+            return true;
+        }
+        // A map relative to this generation reaches no ancestor; nor does one whose base fell off the history.
+        let Some(base) = self.history.iter().position(|g| *g == self.base) else {
+            return false;
+        };
+        self.history.iter().position(|g| *g == generation).is_some_and(|at| at < base)
+    }
+
     /// True if `generation` is one this copy descends from (its own not included).
     pub fn descends_from(&self, generation: Generation) -> bool {
         self.history.contains(&generation)

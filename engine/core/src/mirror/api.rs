@@ -77,16 +77,23 @@ pub enum CopyChange {
         sector_bytes: u32,
         /// The generation; for a blank copy the source's.
         generation: Generation,
-        /// Up to date at activation; `Inconsistent` towards `NONE` for a blank copy: it needs everything until
-        /// the source says that its marks are durable.
+        /// Up to date at activation; `Inconsistent` towards the source's generation for a blank copy.
         state: CopyState,
     },
-    /// G4, or the operator's force: history += old, base = old, unproven = no, up to date.
+    /// G4, or the operator's force: history += old, unproven = no, up to date.
     NewGeneration {
         /// The new one.
         generation: Generation,
         /// Why.
         origin: Origin,
+        /// How far the map reaches back from here.
+        reach: MapReach,
+    },
+    /// Before a full copy: history += old, base = the new generation, every block marked, durably, before the
+    /// record is written. From then on no copy made earlier passes for one that the map knows.
+    WholeMap {
+        /// The new one.
+        generation: Generation,
     },
     /// G5: becomes a target, inconsistent towards this generation.
     Target {
@@ -103,6 +110,15 @@ pub enum CopyChange {
         /// This copy's map does not reach back to it.
         full: bool,
     },
+}
+
+/// Which older copies the dirty map speaks of once a generation begins.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum MapReach {
+    /// Those it spoke of before; with nothing marked, those of the generation before.
+    Back,
+    /// None: any other copy needs everything.
+    Nothing,
 }
 
 /// How a volume takes part in a session.
@@ -186,8 +202,6 @@ pub enum Order {
         part: Part,
         /// D12: a live primary goes on; its in-flight operations are sent again.
         resume: bool,
-        /// A target: the source's generation.
-        toward: Generation,
     },
     /// The session is over.
     Leave,

@@ -190,10 +190,8 @@ impl Volume {
         copying.phase = match plan {
             CopyPlan::None => Phase::Off,
             CopyPlan::Union => Phase::Marks,
-            CopyPlan::Full => {
-                log.set_all();
-                Phase::MarksDurable
-            }
+            // Every block was marked before the session.
+            CopyPlan::Full => Phase::MarksDurable,
         };
         copying.total_bytes = log.dirty_blocks() * block_bytes;
     }

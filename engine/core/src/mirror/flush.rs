@@ -376,7 +376,7 @@ impl Volume {
             self.serve = Serve::Open(ServeMode::Mirrored);
         }
         self.recording.queue(Job {
-            server,
+            server: Some(server),
             change: CopyChange::None,
             preflush: true,
             unproven: false,

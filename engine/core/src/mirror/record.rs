@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 
-use super::api::{CopyChange, Report};
+use super::api::{CopyChange, MapReach, Report};
 use super::start::{Starting, first_map_counter, log_geometry};
 use super::volume::{DiskPurpose, Volume};
 use crate::dirty_log::DirtyLog;
@@ -25,8 +25,6 @@ pub(super) enum After {
     Tag(u64),
     /// G6 step 3: open in pair era.
     Return(u64),
-    /// A blank copy's source has durable marks: an interrupted resync need not begin again from zero.
-    Toward,
     /// G6 step 2: the target adopts the source's lineage.
     Adopt { generation: Generation, history: Vec<Generation>, proven: Proven },
 }
@@ -34,12 +32,21 @@ pub(super) enum After {
 /// One record to write.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(super) struct Job {
-    pub(super) server: ServerRecord,
+    /// `None`: what the newest record says.
+    pub(super) server: Option<ServerRecord>,
     pub(super) change: CopyChange,
     pub(super) preflush: bool,
     /// Sets the flag; only G4, adoption and identity clear it.
     pub(super) unproven: bool,
     pub(super) after: After,
+}
+
+/// The generation the map is relative to when a new one begins.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum MapBase {
+    Kept,
+    Old,
+    New,
 }
 
 #[derive(Debug)]
@@ -86,7 +93,7 @@ impl Volume {
         change: CopyChange,
         preflush: bool,
     ) {
-        let job = Job { server, change, preflush, unproven: false, after: After::Tag(tag) };
+        let job = Job { server: Some(server), change, preflush, unproven: false, after: After::Tag(tag) };
         self.recording.queue(job);
     }
 
@@ -108,7 +115,9 @@ impl Volume {
         let Some(mut next) = self.superblock.clone() else {
             return false;
         };
-        next.server = job.server.clone();
+        if let Some(server) = &job.server {
+            next.server.clone_from(server);
+        }
         let new_log = self.apply_change(&mut next, &job);
         let counter = self.recording.next_counter;
         let slot = self.recording.slot ^ 1;
@@ -144,7 +153,7 @@ impl Volume {
             self.recording.marking = Some(Box::new(job));
             return None;
         }
-        if matches!(job.change, CopyChange::Surrender { full: true, .. }) {
+        if marks_everything(&job.change) {
             log.set_all();
             if !log.merges_durable() {
                 self.recording.marking = Some(Box::new(job));
@@ -165,7 +174,9 @@ impl Volume {
                     next.copy.proven = next.copy.proven.max(proven);
                 }
             }
-            After::Tag(_) | After::Return(_) | After::Toward => {}
+            After::Tag(_) => {}
+            // Both copies are the same and nothing is marked: the map begins anew, relative to this.
+            After::Return(_) => next.copy.base = next.copy.generation,
             After::Adopt { generation, history, proven } => {
                 next.copy.generation = *generation;
                 next.copy.history.clone_from(history);
@@ -185,8 +196,8 @@ impl Volume {
                 next.log_life += 1;
                 true
             }
-            CopyChange::NewGeneration { generation, origin } => {
-                begin_generation(&mut next.copy, *generation, *origin);
+            CopyChange::NewGeneration { generation, origin, reach } => {
+                begin_generation(&mut next.copy, *generation, *origin, self.base_of(*reach));
                 false
             }
             CopyChange::Target { toward } => {
@@ -197,10 +208,26 @@ impl Volume {
                 next.copy.state = CopyState::Outdated;
                 false
             }
+            CopyChange::WholeMap { generation } => {
+                descend(&mut next.copy, *generation);
+                next.copy.base = *generation;
+                false
+            }
             CopyChange::Surrender { to, full: _ } => {
                 surrender(&mut next.copy, *to);
                 false
             }
+        }
+    }
+
+    /// What the map is relative to in a new generation. Marks that are left still reach back as far as before;
+    /// an empty map reaches back to where it begins.
+    fn base_of(&self, reach: MapReach) -> MapBase {
+        let empty = self.log.as_ref().is_none_or(|log| log.dirty_blocks() == 0);
+        match reach {
+            MapReach::Nothing => MapBase::New,
+            MapReach::Back if empty => MapBase::Old,
+            MapReach::Back => MapBase::Kept,
         }
     }
 
@@ -237,7 +264,7 @@ impl Volume {
         match job.after {
             After::Start => log.begin_life(superblock.log_life),
             After::Adopt { .. } => log.clear_all_at(superblock.map_floor),
-            After::Tag(_) | After::Return(_) | After::Toward => {}
+            After::Tag(_) | After::Return(_) => {}
         }
     }
 
@@ -249,7 +276,6 @@ impl Volume {
             After::Start => self.started(),
             After::Tag(tag) => self.report(Report::Recorded { tag, copy }),
             After::Return(tag) => self.returned(tag, copy),
-            After::Toward => {}
             After::Adopt { .. } => {
                 self.send(VolumeMessage::SyncAck { outcome: RemoteOutcome::Done }, None);
                 self.taking.adopted();
@@ -279,12 +305,34 @@ fn adopt_identity(copy: &mut CopyRecord, change: &CopyChange) {
     copy.state = *state;
 }
 
-fn begin_generation(copy: &mut CopyRecord, generation: Generation, origin: Origin) {
-    let old = copy.generation;
-    copy.history.insert(0, old);
+/// Every block is marked, durably, before such a record is written.
+const fn marks_everything(change: &CopyChange) -> bool {
+    match change {
+        CopyChange::Surrender { full, .. } => *full,
+        CopyChange::WholeMap { .. } => true,
+        CopyChange::None
+        | CopyChange::Identity { .. }
+        | CopyChange::NewGeneration { .. }
+        | CopyChange::Target { .. }
+        | CopyChange::Outdated => false,
+    }
+}
+
+/// The copy's own generation becomes an ancestor.
+fn descend(copy: &mut CopyRecord, generation: Generation) {
+    copy.history.insert(0, copy.generation);
     copy.history.truncate(HISTORY_MAX);
-    copy.base = old;
     copy.generation = generation;
+}
+
+fn begin_generation(copy: &mut CopyRecord, generation: Generation, origin: Origin, base: MapBase) {
+    let old = copy.generation;
+    descend(copy, generation);
+    copy.base = match base {
+        MapBase::Kept => copy.base,
+        MapBase::Old => old,
+        MapBase::New => generation,
+    };
     copy.origin = origin;
     copy.unproven = false;
     copy.state = CopyState::UpToDate;

@@ -96,7 +96,7 @@ impl Volume {
         server.clean = false;
         self.start = Starting::Recording;
         self.recording.queue(Job {
-            server,
+            server: Some(server),
             change: CopyChange::None,
             preflush: true,
             unproven: lost_memory,

@@ -4,7 +4,6 @@ use super::api::{CopyChange, CopyPlan};
 use super::record::{After, Job};
 use super::volume::{SessionRole, Volume};
 use crate::dirty_log::{DirtyLog, NextPage};
-use crate::format::record::CopyState;
 use crate::ids::{Generation, Proven};
 use crate::message::VolumeMessage;
 
@@ -19,17 +18,9 @@ pub(super) struct Taking {
     sent: u64,
     taken: u64,
     adopting: bool,
-    /// The source's generation.
-    toward: Generation,
-    /// The record of a full copy that may go on is under way.
-    noting: bool,
 }
 
 impl Taking {
-    pub(super) const fn set_toward(&mut self, toward: Generation) {
-        self.toward = toward;
-    }
-
     /// The adoption is durable.
     pub(super) const fn adopted(&mut self) {
         self.adopting = false;
@@ -77,26 +68,6 @@ impl Volume {
 
     pub(super) fn on_marks_ack(&mut self, pages: u64) {
         self.taking.taken = self.taking.taken.max(pages.min(self.taking.sent));
-        self.marks_are_durable();
-    }
-
-    /// The source's marks are durable: from now on an interrupted full copy goes on where it was (P5).
-    fn marks_are_durable(&mut self) {
-        let Some(superblock) = self.superblock.as_ref() else {
-            return;
-        };
-        let first_copy = superblock.copy.state == CopyState::Inconsistent { toward: Generation::NONE };
-        if !first_copy || self.taking.noting {
-            return;
-        }
-        self.taking.noting = true;
-        self.recording.queue(Job {
-            server: superblock.server.clone(),
-            change: CopyChange::Target { toward: self.taking.toward },
-            preflush: false,
-            unproven: false,
-            after: After::Toward,
-        });
     }
 
     /// Nothing is left to copy: adopt, in one record after a flush (G6 step 2).
@@ -105,12 +76,9 @@ impl Volume {
         if !is_target || self.taking.adopting || self.failed.is_some() {
             return;
         }
-        let Some(server) = self.server_record().cloned() else {
-            return;
-        };
         self.taking.adopting = true;
         self.recording.queue(Job {
-            server,
+            server: None,
             change: CopyChange::None,
             preflush: true,
             unproven: false,

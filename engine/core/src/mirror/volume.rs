@@ -448,9 +448,8 @@ impl Volume {
             Order::Record { tag, server, change, preflush } => {
                 self.order_record(tag, server, change, preflush);
             }
-            Order::Join { session, part, resume, toward } => {
+            Order::Join { session, part, resume } => {
                 self.join(session, part, resume);
-                self.taking.set_toward(toward);
                 self.hear_early(session);
             }
             Order::Leave => self.leave(),

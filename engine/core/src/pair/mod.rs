@@ -7,6 +7,7 @@
 
 pub mod api;
 mod explain;
+mod full_copy;
 mod heartbeat;
 mod operator;
 mod rejoin;

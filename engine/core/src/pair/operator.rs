@@ -25,7 +25,7 @@ pub(super) enum Waiting {
     Resolve,
 }
 
-fn refuse(code: &'static str, text: impl Into<String>) -> Result<String, Refusal> {
+pub(super) fn refuse(code: &'static str, text: impl Into<String>) -> Result<String, Refusal> {
     Err(Refusal { code, text: text.into() })
 }
 
@@ -315,37 +315,6 @@ impl Server {
         self.send(ControlMessage::Resync { command: pace });
         self.event("resync-command", format!("{pace:?}"), "by the operator");
         self.answer(token, Ok("done".to_owned()));
-    }
-
-    fn full_copy(&mut self, token: OperatorToken, volume: VolumeIndex, target_is_me: bool) {
-        if self.in_step_session().is_none() {
-            let text = format!("both copies must be in step; the state is {}", self.state_word());
-            return self.answer(token, refuse("not-mirrored", text));
-        }
-        if target_is_me == self.is_primary() {
-            let text = "the target of a full copy is a secondary; its peer must be primary";
-            return self.answer(token, refuse("not-secondary", text));
-        }
-        if target_is_me {
-            self.send(ControlMessage::FullCopy { volume: volume.0 });
-        } else {
-            self.begin_full_copy(usize::from(volume.0));
-        }
-        self.answer(token, Ok("the full copy begins".to_owned()));
-    }
-
-    pub(super) fn on_full_copy_asked(&mut self, volume: u16) {
-        if self.serving == Serving::Mirrored && self.in_step_session().is_some() {
-            self.begin_full_copy(usize::from(volume));
-        }
-    }
-
-    /// This server goes alone and, in the session that follows, copies every block of the volume.
-    fn begin_full_copy(&mut self, at: usize) {
-        if let Some(wanted) = self.full_copy.get_mut(at) {
-            *wanted = true;
-            self.go_alone("a full copy to the peer was asked for", Origin::Solo);
-        }
     }
 
     /// Commands that waited for this.

@@ -41,6 +41,8 @@ pub(super) struct VolumeState {
     pub(super) facts: Option<Facts>,
     pub(super) unusable: Option<(&'static str, String)>,
     pub(super) failed: Option<i32>,
+    /// Every block is marked under a generation no copy was made towards, and nothing was copied since.
+    pub(super) whole_map: bool,
     /// Detached, and its backing let go: nothing answers for it.
     pub(super) gone: bool,
 }
@@ -111,6 +113,7 @@ pub struct Server {
     pub(super) in_use: Option<String>,
     pub(super) volumes_turn: bool,
     pub(super) peer_copies: Vec<Option<CopyState>>,
+    /// The next solo run of the volume begins with a map that reaches no older copy: the operator wants a full copy.
     pub(super) full_copy: Vec<bool>,
     /// What the resync of this session copied, by volume, once it is done.
     pub(super) resynced: Vec<Option<Resynced>>,

@@ -2,10 +2,11 @@
 
 use std::collections::BTreeMap;
 
+use super::full_copy::waits_for_whole_map;
 use super::server::{Server, Serving};
 use super::steps::Step;
 use crate::format::record::{CopyState, Era, Origin};
-use crate::ids::{Epoch, Generation, Incarnation, SessionId};
+use crate::ids::{Epoch, Generation, Incarnation, SessionId, VolumeIndex};
 use crate::message::{ControlMessage, Hello, LiveState, PROTOCOL_VERSION, VolumeHello};
 use crate::mirror::api::{CopyChange, CopyPlan, Order, Part};
 use crate::resync::pair::{PairDecision, PairOutcome, Primary, decide_pair, who_is_primary};
@@ -201,6 +202,7 @@ impl Server {
                 name: name.clone(),
                 copy,
                 dirty_blocks: facts.dirty_blocks,
+                whole_map: volume.whole_map,
                 undo_available: false,
             })
         });
@@ -260,6 +262,7 @@ impl Server {
             | Step::HandedOver { .. }
             | Step::Demoted { .. }
             | Step::Surrendered
+            | Step::MapsWhole { .. }
             | Step::Activated { .. }
             | Step::Noted => true,
             Step::GoneAlone { .. }
@@ -448,10 +451,19 @@ impl Server {
     }
 
     fn join_all(&mut self, part: Part, resume: bool) {
+        for index in self.indexes() {
+            self.join(index, part, resume);
+        }
+    }
+
+    fn join(&mut self, index: VolumeIndex, part: Part, resume: bool) {
         let Some(session) = self.session.as_ref().map(|s| s.id) else {
             return;
         };
-        self.order_all(&Order::Join { session, part, resume, toward: Generation::NONE });
+        if let Some(volume) = self.volumes.get_mut(usize::from(index.0)) {
+            volume.whole_map = false;
+        }
+        self.order(index, Order::Join { session, part, resume });
     }
 
     /// Joins every volume again with the given role, after a role changed inside the session.
@@ -464,23 +476,18 @@ impl Server {
 
     /// This side is the source. It serves only by right (T2, G4): a frozen primary and one that is to become
     /// primary go alone first; the changed facts then begin the exchange again.
-    fn copy_out(&mut self, right_first: bool, primary: Primary, mut parts: Vec<Part>, rule: &str) {
+    fn copy_out(&mut self, right_first: bool, primary: Primary, parts: Vec<Part>, rule: &str) {
         let alone = self.serving == Serving::Alone;
         if !alone && (right_first || self.holds_lease_rule() || primary == Primary::Mine) {
             self.set_phase(Phase::Hello);
             self.go_alone(&format!("source of the resync by {rule}"), Origin::Solo);
             return;
         }
-        let Some(session) = self.session.as_ref().map(|s| s.id) else {
+        if self.makes_maps_whole(&parts, rule) {
             return;
-        };
-        for (part, full) in parts.iter_mut().zip(&mut self.full_copy) {
-            if std::mem::take(full) {
-                *part = Part::Source(CopyPlan::Full);
-            }
         }
         for (index, part) in self.indexes().zip(parts) {
-            self.order(index, Order::Join { session, part, resume: false, toward: Generation::NONE });
+            self.join(index, part, false);
         }
         let synced = vec![false; self.volumes.len()];
         self.resynced.fill(None);
@@ -497,6 +504,9 @@ impl Server {
             // The source goes alone first; its next hello comes then.
             return self.set_phase(Phase::Hello);
         }
+        if waits_for_whole_map(&parts, theirs) {
+            return self.set_phase(Phase::Hello);
+        }
         let Some(session) = self.session.as_ref().map(|s| s.id) else {
             return;
         };
@@ -509,8 +519,7 @@ impl Server {
             .volumes
             .iter()
             .zip(&theirs.volumes)
-            .zip(&parts)
-            .map(|((mine, theirs), part)| target_change(mine.facts.as_ref().map(|f| &f.copy), theirs, *part))
+            .map(|(mine, theirs)| target_change(mine.facts.as_ref().map(|f| &f.copy), theirs))
             .collect();
         self.transition("will-sync", &format!("target by {rule}"), |s| {
             s.set_phase(Phase::Joining { parts });
@@ -526,14 +535,9 @@ impl Server {
         let Phase::Joining { parts } = session.phase.clone() else {
             return;
         };
-        let towards: Vec<Generation> = session
-            .peer_hello
-            .as_ref()
-            .map(|h| h.volumes.iter().map(|v| v.copy.generation).collect())
-            .unwrap_or_default();
         session.phase = Phase::Syncing { synced: vec![false; parts.len()] };
-        for ((index, part), toward) in self.indexes().zip(parts).zip(towards) {
-            self.order(index, Order::Join { session: id, part, resume: false, toward });
+        for (index, part) in self.indexes().zip(parts) {
+            self.join(index, part, false);
         }
     }
 
@@ -548,12 +552,8 @@ impl Server {
 }
 
 /// What a target writes before the first block: its identity if it is blank, and towards what it is copied.
-/// A full copy is towards nothing until the source's marks are durable.
-fn target_change(
-    mine: Option<&crate::format::record::CopyRecord>,
-    theirs: &VolumeHello,
-    part: Part,
-) -> CopyChange {
+/// The source's marks are durable: a copy that breaks off goes on where it was.
+fn target_change(mine: Option<&crate::format::record::CopyRecord>, theirs: &VolumeHello) -> CopyChange {
     let source = &theirs.copy;
     if mine.is_some_and(|c| c.state == CopyState::Blank) {
         return CopyChange::Identity {
@@ -563,15 +563,10 @@ fn target_change(
             block_bytes: source.block_bytes,
             sector_bytes: source.sector_bytes,
             generation: source.generation,
-            state: CopyState::Inconsistent { toward: Generation::NONE },
+            state: CopyState::Inconsistent { toward: source.generation },
         };
     }
-    match part {
-        Part::Target(CopyPlan::Full) => CopyChange::Target { toward: Generation::NONE },
-        Part::Target(CopyPlan::Union | CopyPlan::None) | Part::Source(_) => {
-            CopyChange::Target { toward: source.generation }
-        }
-    }
+    CopyChange::Target { toward: source.generation }
 }
 
 /// The first difference that forbids a session: code, here, there.

@@ -6,7 +6,7 @@ use super::steps::Step;
 use crate::format::record::{Era, Origin};
 use crate::ids::{ByteRange, Epoch, Generation, SessionId};
 use crate::message::ControlMessage;
-use crate::mirror::api::{CopyChange, Order, ServeMode};
+use crate::mirror::api::{CopyChange, MapReach, Order, ServeMode};
 
 impl Server {
     /// G4: freeze, take the right (here without a register: the operator's word or the silence), flush and
@@ -23,7 +23,11 @@ impl Server {
         let number = self.next_epoch_number();
         self.begin_solo_record(number);
         let generations: Vec<CopyChange> = (0..self.volumes.len())
-            .map(|_| CopyChange::NewGeneration { generation: Generation(self.draw()), origin })
+            .map(|at| {
+                let whole = self.full_copy.get_mut(at).is_some_and(std::mem::take);
+                let reach = if whole { MapReach::Nothing } else { MapReach::Back };
+                CopyChange::NewGeneration { generation: Generation(self.draw()), origin, reach }
+            })
             .collect();
         let reason = reason.to_owned();
         self.transition("going-alone", &reason, |s| s.serving = Serving::GoingAlone);

@@ -96,7 +96,7 @@ impl Server {
                 match (mine, theirs) {
                     (Some(mine), Some(theirs)) => match common_ancestor(mine, theirs) {
                         Some(to) if to != mine.generation || mine.generation == theirs.generation => {
-                            CopyChange::Surrender { to, full: to != mine.base && to != mine.generation }
+                            CopyChange::Surrender { to, full: !mine.map_reaches(to) }
                         }
                         Some(_) | None => CopyChange::Outdated,
                     },

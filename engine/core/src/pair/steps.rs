@@ -59,6 +59,10 @@ pub(super) enum Step {
     },
     CleanStop,
     Surrendered,
+    /// Every block of these volumes is marked for a full copy.
+    MapsWhole {
+        volumes: Vec<bool>,
+    },
     Activated {
         token: OperatorToken,
     },
@@ -137,6 +141,7 @@ impl Server {
             Step::Demoted { token } => self.demoted(token),
             Step::CleanStop => self.stopped(),
             Step::Surrendered => self.surrendered(),
+            Step::MapsWhole { volumes } => self.maps_are_whole(&volumes),
             Step::Activated { token } => self.activated(token),
             Step::Noted => {}
         }

@@ -467,29 +467,20 @@ fn descends(newer: Side<'_>, older: Side<'_>) -> Decision {
     if !newer.is_up_to_date() {
         return refuse(Rule::NewerUnusable, "newer-unusable", newer.describe(), older.describe());
     }
-    let known = |generation: Generation| {
-        !generation.is_none() && (generation == newer.copy().base || generation == newer.copy().generation)
-    };
+    let newer = newer.copy();
     let toward = match older.copy().state {
         CopyState::Inconsistent { toward } => toward,
         CopyState::Blank | CopyState::UpToDate | CopyState::Outdated | CopyState::Failed => Generation::NONE,
     };
-    let union = (known(older.copy().generation) || known(toward)) && !needs_everything(older.copy());
+    let union = newer.map_reaches(older.copy().generation) || newer.map_reaches(toward);
     let plan = if union { CopyPlan::Union } else { CopyPlan::Full };
     Decision { rule: Rule::Descends, outcome: Outcome::Source(plan) }
-}
-
-/// A first copy whose source never said that its marks are durable: no map can be relied on.
-fn needs_everything(copy: &CopyRecord) -> bool {
-    copy.state == CopyState::Inconsistent { toward: Generation::NONE }
 }
 
 /// D10 to D15: the same generation on both.
 fn equal(mine: Side<'_>, theirs: Side<'_>) -> Decision {
     let towards = |rule, i_am_source: bool| {
-        let first = needs_everything(mine.copy()) || needs_everything(theirs.copy());
-        let outcome = Outcome::Source(if first { CopyPlan::Full } else { CopyPlan::Union });
-        let decision = Decision { rule, outcome };
+        let decision = Decision { rule, outcome: Outcome::Source(CopyPlan::Union) };
         if i_am_source { decision } else { decision.reversed() }
     };
     match (mine.is_up_to_date(), theirs.is_up_to_date()) {

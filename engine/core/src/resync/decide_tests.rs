@@ -205,6 +205,48 @@ fn d9_a_first_copy_that_broke_off_goes_on() {
 }
 
 #[test]
+fn d9_marks_that_were_kept_over_several_solo_runs_reach_back() {
+    let (mut a, mut b) = two();
+    for n in 2..=4 {
+        goes_alone(&mut a, n);
+        // Something was marked each time: the map is still relative to 1.
+        rec(&mut a).base = generation(1);
+    }
+    expect(&a, &b, Rule::Descends, Outcome::Source(CopyPlan::Union));
+    for n in 2..=3 {
+        rec(&mut b).generation = generation(n);
+        rec(&mut b).history = (1..n).rev().map(generation).collect();
+        expect(&a, &b, Rule::Descends, Outcome::Source(CopyPlan::Union));
+    }
+    // Relative to 3, it reaches neither 1 nor 2.
+    rec(&mut a).base = generation(3);
+    rec(&mut b).generation = generation(2);
+    rec(&mut b).history = vec![generation(1)];
+    expect(&a, &b, Rule::Descends, Outcome::Source(CopyPlan::Full));
+    // Its base fell off the history: only its own generation counts.
+    rec(&mut a).base = generation(99);
+    rec(&mut b).generation = generation(3);
+    rec(&mut b).history = vec![generation(2)];
+    expect(&a, &b, Rule::Descends, Outcome::Source(CopyPlan::Full));
+}
+
+#[test]
+fn d9_after_a_full_copy_began_an_older_disk_needs_everything() {
+    let (mut a, mut b) = two();
+    goes_alone(&mut a, 2);
+    a.live = LiveState::Alone;
+    expect(&a, &b, Rule::Descends, Outcome::Source(CopyPlan::Union));
+    // A new disk came in B's place: A marked everything under 3 and copied a part.
+    goes_alone(&mut a, 3);
+    rec(&mut a).base = generation(3);
+    expect(&a, &b, Rule::Descends, Outcome::Source(CopyPlan::Full));
+    rec(&mut b).state = CopyState::Inconsistent { toward: generation(2) };
+    expect(&a, &b, Rule::Descends, Outcome::Source(CopyPlan::Full));
+    rec(&mut b).state = CopyState::Inconsistent { toward: generation(3) };
+    expect(&a, &b, Rule::Descends, Outcome::Source(CopyPlan::Union));
+}
+
+#[test]
 fn d9x_newer_unusable() {
     let (mut a, b) = two();
     goes_alone(&mut a, 2);
@@ -328,6 +370,14 @@ fn check(a: &Hello, b: &Hello) -> Rule {
     let never_filled = to.state == CopyState::Blank || to.generation.is_none();
     let related = from.generation == to.generation || from.descends_from(to.generation);
     assert!(never_filled || related, "diverged or unrelated data overwritten: {a:?} {b:?}");
+    if let Outcome::Source(CopyPlan::Union) | Outcome::Target(CopyPlan::Union) = decision.outcome {
+        let towards = match to.state {
+            CopyState::Inconsistent { toward } => from.map_reaches(toward),
+            CopyState::Blank | CopyState::UpToDate | CopyState::Outdated | CopyState::Failed => false,
+        };
+        let reached = from.map_reaches(to.generation) || from.generation == to.generation || towards;
+        assert!(reached, "a map relied on that does not reach back: {a:?} {b:?}");
+    }
     if !never_filled {
         assert!(!to.descends_from(from.generation), "newer data overwritten: {a:?} {b:?}");
         let runs_alone = target.live.is_alone() && to.state == CopyState::UpToDate;

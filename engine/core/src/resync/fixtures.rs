@@ -30,8 +30,13 @@ pub(crate) fn copy() -> CopyRecord {
 
 /// A server with these copies, joining, never primary.
 pub(crate) fn hello(name: &str, copies: Vec<CopyRecord>) -> Hello {
-    let volume =
-        |(at, copy)| VolumeHello { name: format!("v{at}"), copy, dirty_blocks: 0, undo_available: false };
+    let volume = |(at, copy)| VolumeHello {
+        name: format!("v{at}"),
+        copy,
+        dirty_blocks: 0,
+        whole_map: false,
+        undo_available: false,
+    };
     Hello {
         version: PROTOCOL_VERSION,
         revision: 1,
