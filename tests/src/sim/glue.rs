@@ -164,8 +164,7 @@ impl World {
                 | Order::Fail { .. }
                 | Order::Record { .. }
                 | Order::Join { .. }
-                | Order::Pace(_)
-                | Order::MarkAll => {}
+                | Order::Pace(_) => {}
             }
         }
         if let Order::Join { part: Part::Source(plan), resume, .. } = &order {
@@ -497,7 +496,6 @@ impl World {
             | Order::Drain { .. }
             | Order::Close
             | Order::Pace(_)
-            | Order::MarkAll
             | Order::Fail { .. } => {}
         }
     }

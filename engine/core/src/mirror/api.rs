@@ -239,8 +239,6 @@ pub enum Order {
     },
     /// Resync pace.
     Pace(Pace),
-    /// Mark everything dirty and start the copy again (operator's full copy).
-    MarkAll,
     /// The local copy is detached by the operator: as if it had failed.
     Fail {
         /// What to report.

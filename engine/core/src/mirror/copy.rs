@@ -116,15 +116,6 @@ impl Copying {
         self.marks_end = None;
     }
 
-    /// Begins again from the first block (everything was marked).
-    pub(super) fn restart(&mut self) {
-        self.cursor_block = 0;
-        match self.phase {
-            Phase::Chunks | Phase::Tail => self.phase = Phase::MarksDurable,
-            Phase::Off | Phase::Marks | Phase::MarksDurable | Phase::Done => {}
-        }
-    }
-
     fn in_flight(&self) -> usize {
         self.chunks.iter().flatten().count()
     }

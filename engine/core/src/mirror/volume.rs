@@ -465,12 +465,6 @@ impl Volume {
             Order::Close => self.close(),
             Order::Return { tag, server } => self.begin_return(tag, server),
             Order::Pace(pace) => self.copying.set_pace(pace),
-            Order::MarkAll => {
-                if let Some(log) = self.log.as_mut() {
-                    log.set_all();
-                    self.copying.restart();
-                }
-            }
             Order::Fail { errno } => self.fail_mine(errno, None),
         }
     }
