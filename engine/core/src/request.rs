@@ -119,6 +119,12 @@ pub enum DiskOpKind {
         /// Stable when done.
         fua: bool,
     },
+    /// How many of the range's first bytes surely read as zeroes: found without reading them, at once. A disk that
+    /// cannot tell says none; too few is never wrong, too many always.
+    SeekData {
+        /// Where to look.
+        range: ByteRange,
+    },
     /// Make every completed write stable.
     Flush,
     /// Read metadata; the bytes come back in the completion.
@@ -146,6 +152,11 @@ pub enum DiskOutcome {
     Done,
     /// A metadata read's bytes.
     Bytes(Vec<u8>),
+    /// So many first bytes of the range read as zeroes.
+    Zeroes {
+        /// At most the range's length.
+        length_bytes: u64,
+    },
     /// It failed with this errno. Never retried by the store.
     Failed {
         /// As the kernel gave it.

@@ -25,6 +25,7 @@
 mod backing;
 mod error;
 mod geometry;
+mod holes;
 mod meta_io;
 mod placement;
 pub mod probe;

@@ -11,6 +11,7 @@ use io_uring::{opcode, squeue};
 use crate::backing::{Access, Backing};
 use crate::error::StoreError;
 use crate::geometry::Geometry;
+use crate::holes::Holes;
 use crate::placement::Placement;
 use crate::slot::{Slot, Step, Work, ZeroWay};
 
@@ -67,6 +68,7 @@ pub struct Store {
     zeroes: BufferId,
     punch_refused: bool,
     range_refused: bool,
+    holes: Holes,
     failure: Option<Failure>,
     closed: bool,
 }
@@ -94,6 +96,7 @@ impl Store {
             zeroes,
             punch_refused: false,
             range_refused: false,
+            holes: Holes::default(),
             failure: None,
             closed: false,
         })
@@ -197,6 +200,11 @@ impl Store {
             out.push((op.id, outcome));
             return None;
         }
+        if let DiskOpKind::SeekData { range } = &op.kind {
+            let at = self.placement.data_offset_bytes + range.offset_bytes;
+            out.push((op.id, DiskOutcome::Zeroes { length_bytes: self.zeroes(at, range.length_bytes) }));
+            return None;
+        }
         let Some(&index) = self.free.last() else { return Some(op) };
         let Some(mut slot) = self.make_slot(&op) else { return Some(op) };
         self.free.pop();
@@ -225,7 +233,7 @@ impl Store {
             DiskOpKind::Read { range, buffer } | DiskOpKind::Write { range, buffer, .. } => {
                 self.data_fits(range) && range.length_bytes <= arena.capacity(*buffer) as u64
             }
-            DiskOpKind::Zero { range, .. } => self.data_fits(range),
+            DiskOpKind::Zero { range, .. } | DiskOpKind::SeekData { range } => self.data_fits(range),
             DiskOpKind::Flush => true,
             DiskOpKind::MetaRead { offset_bytes, length_bytes } => {
                 self.meta_fits(*offset_bytes, *length_bytes as usize)
@@ -252,22 +260,44 @@ impl Store {
                 .is_some_and(|end| self.placement.meta_piece(end, 0).is_some())
     }
 
+    /// How many bytes of the data backing from `at` on are known to be a hole: whole sectors.
+    fn zeroes(&mut self, at: u64, length: u64) -> u64 {
+        let writing = self.slots.iter().flatten().filter_map(|slot| match slot.work {
+            Work::Data { write: true, .. } => {
+                Some((slot.offset_bytes, slot.offset_bytes + slot.length_bytes))
+            }
+            Work::Data { write: false, .. } | Work::Meta { .. } | Work::Zero { .. } | Work::Flush => None,
+        });
+        let geometry = self.backing.geometry();
+        let fd = self.backing.data().fd();
+        let bytes = self.holes.zeroes(fd, (at, length), geometry.backing_bytes, writing);
+        bytes / u64::from(geometry.sector_bytes) * u64::from(geometry.sector_bytes)
+    }
+
     /// The slot of an admitted operation; `None` when there is no metadata buffer.
     fn make_slot(&mut self, op: &DiskOp) -> Option<Slot> {
-        let at = |range: &ByteRange| self.placement.data_offset_bytes + range.offset_bytes;
+        let data_offset_bytes = self.placement.data_offset_bytes;
+        let at = |range: &ByteRange| data_offset_bytes + range.offset_bytes;
         Some(match &op.kind {
             DiskOpKind::Read { range, buffer } => {
                 let work = Work::Data { write: false, fua: false, buffer: *buffer };
                 Slot::new(op.id, work, at(range), range.length_bytes)
             }
             DiskOpKind::Write { range, buffer, fua } => {
+                self.holes.written(at(range), range.length_bytes);
                 let work = Work::Data { write: true, fua: *fua, buffer: *buffer };
                 Slot::new(op.id, work, at(range), range.length_bytes)
             }
             DiskOpKind::Zero { range, may_unmap, fua } => {
                 let work = Work::Zero { may_unmap: *may_unmap, fua: *fua };
-                Slot::new(op.id, work, at(range), range.length_bytes)
+                let mut slot = Slot::new(op.id, work, at(range), range.length_bytes);
+                if *may_unmap {
+                    // What is a hole already stays one.
+                    slot.done_bytes = self.zeroes(slot.offset_bytes, slot.length_bytes);
+                }
+                slot
             }
+            DiskOpKind::SeekData { .. } => return None,
             DiskOpKind::Flush => Slot::new(op.id, Work::Flush, 0, 0),
             DiskOpKind::MetaRead { offset_bytes, length_bytes } => {
                 let buffer = self.pool.alloc(*length_bytes as usize)?;

@@ -332,7 +332,7 @@ fn a_failed_write_latches_and_nothing_is_retried() {
         .iter()
         .filter_map(|(_, outcome)| match outcome {
             DiskOutcome::Failed { errno } => Some(*errno),
-            DiskOutcome::Done | DiskOutcome::Bytes(_) => None,
+            DiskOutcome::Done | DiskOutcome::Bytes(_) | DiskOutcome::Zeroes { .. } => None,
         })
         .collect();
     assert!(!errnos.is_empty(), "2 MiB do not hold 8 MiB");

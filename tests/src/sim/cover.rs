@@ -70,6 +70,7 @@ pub fn wanted() -> Vec<String> {
         "operator pause",
         "operator full-copy",
         "crash in resync",
+        "copy of a hole",
     ];
     names.extend(steps.iter().map(|step| (*step).to_owned()));
     names.retain(|name| !UNREACHABLE.iter().any(|(unreachable, _)| unreachable == name));

@@ -52,6 +52,7 @@ enum Effect {
     Write { pages: Vec<(Place, Page)>, stable: bool, preflush: bool },
     Flush,
     MetaRead { first: u64, count: usize },
+    SeekData { first: u64, count: usize },
 }
 
 #[derive(Debug)]
@@ -94,6 +95,8 @@ pub struct Disk {
     pub dead: bool,
     /// Flushes and preflushes are acknowledged and not done: a deliberate bug.
     pub lies: bool,
+    /// What was written since the last flush is not seen where holes are looked for: a deliberate bug.
+    pub stale_holes: bool,
 }
 
 fn split(range: ByteRange) -> (u64, usize) {
@@ -108,7 +111,7 @@ impl Pending {
     pub fn fills(&self, buffer: BufferId) -> bool {
         match &self.effect {
             Effect::Read { buffer: mine, .. } => *mine == buffer,
-            Effect::Write { .. } | Effect::Flush | Effect::MetaRead { .. } => false,
+            Effect::Write { .. } | Effect::Flush | Effect::MetaRead { .. } | Effect::SeekData { .. } => false,
         }
     }
 }
@@ -134,6 +137,10 @@ impl Disk {
                 let (first, count) = split(*range);
                 let pages = (first..).take(count).map(|at| ((Area::Data, at), None)).collect();
                 Effect::Write { pages, stable: *fua, preflush: false }
+            }
+            DiskOpKind::SeekData { range } => {
+                let (first, count) = split(*range);
+                Effect::SeekData { first, count }
             }
             DiskOpKind::Flush => Effect::Flush,
             DiskOpKind::MetaRead { offset_bytes, length_bytes } => {
@@ -174,6 +181,10 @@ impl Disk {
                 let bytes = pages.flat_map(|page| page::to_bytes(&page)).collect();
                 Finished { outcome: DiskOutcome::Bytes(bytes), read: None }
             }
+            Effect::SeekData { first, count } => {
+                let length_bytes = self.zeroes(first, count) * PAGE_BYTES as u64;
+                Finished { outcome: DiskOutcome::Zeroes { length_bytes }, read: None }
+            }
             Effect::Flush => {
                 self.settle(pending.covers);
                 Finished { outcome: DiskOutcome::Done, read: None }
@@ -210,8 +221,16 @@ impl Disk {
                 }
                 failed
             }
-            Effect::Flush | Effect::MetaRead { .. } => false,
+            Effect::Flush | Effect::MetaRead { .. } | Effect::SeekData { .. } => false,
         }
+    }
+
+    /// Pages of zeroes from `first` on.
+    fn zeroes(&self, first: u64, count: usize) -> u64 {
+        let pages = if self.stale_holes { &self.stable } else { &self.current };
+        let data = pages.range((Area::Data, first)..(Area::Meta, 0)).find(|(_, page)| page.is_some());
+        let until = data.map_or(u64::MAX, |((_, at), _)| *at);
+        (until - first).min(count as u64)
     }
 
     fn write(&mut self, place: Place, page: Page, stable: bool) {
@@ -255,6 +274,11 @@ impl Disk {
     pub fn written(&self) -> Vec<u64> {
         let keys = self.current.keys().filter(|(area, _)| *area == Area::Data);
         keys.map(|(_, at)| *at).collect()
+    }
+
+    /// A page of the data area that nobody of this pair wrote: what a disk held before `create`.
+    pub fn litter(&mut self, at: u64, page: Page) {
+        self.write((Area::Data, at), page, true);
     }
 
     /// Puts bytes there, stable: what `create` wrote before the run.

@@ -79,6 +79,9 @@ impl World {
         }
         self.plan(0, Event::Connect);
         let host = self.rng.index(2);
+        for volume in 0..self.profile.volumes.len() {
+            self.litter(1 - host, volume);
+        }
         while self.broken.is_none() && self.now < ACTIVATION_NS {
             self.run_until(self.now + LOOK_NS);
             let Some(token) = self.operate(host, Operator::Activate) else { continue };
@@ -156,7 +159,7 @@ impl World {
             self.script.paused = told.count() < 2;
         }
         for host in 0..2 {
-            if self.script.failed[host] && self.other_is_whole(host) {
+            if (self.script.failed[host] || self.is_mixed(host)) && self.other_is_whole(host) {
                 self.replace_disks(host);
             }
         }
@@ -169,17 +172,29 @@ impl World {
         process.is_some_and(|process| process.volumes.iter().all(|t| t.machine.copy_state() == whole))
     }
 
+    /// A replaced disk here, and on another volume the proven copy here: the servers refuse each other.
+    fn is_mixed(&self, host: Host) -> bool {
+        let blank = Some(duplex_core::format::record::CopyState::Blank);
+        self.machines[host].process.as_ref().is_some_and(|process| {
+            process.server.reason().contains("mixed-sources")
+                && process.volumes.iter().any(|t| t.machine.copy_state() == blank)
+        })
+    }
+
     /// A dead disk makes place for a new one. A server whose disk died in the middle of going alone has the new
     /// generation on its other volumes only; nothing was served in it, but the servers refuse each other
-    /// (`mixed-sources`). The operator then gives up all of its copies: the peer's are whole.
+    /// (`mixed-sources`). The operator then gives up all of its copies: the peer's are whole. The same after both lost
+    /// power, when the new disk's server holds the only proven copy of another volume.
     fn replace_disks(&mut self, host: Host) {
         let half_alone = self.machines[host].process.as_ref().is_some_and(|process| {
             process.volumes.iter().any(|t| t.machine.server_record().is_some_and(|r| r.era.is_solo()))
         });
+        let mixed = self.is_mixed(host);
         self.end(host, None);
         for volume in 0..self.profile.volumes.len() {
-            if self.machines[host].disks[volume].dead || half_alone {
+            if self.machines[host].disks[volume].dead || half_alone || mixed {
                 self.format(host, volume);
+                self.litter(host, volume);
             }
         }
         self.script.failed[host] = false;

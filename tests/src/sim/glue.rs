@@ -6,7 +6,7 @@ use duplex_core::mirror::api::{
     Action as VolumeAction, CopyChange, Exposure, Input as VolumeInput, Order, Part, Report, ServeMode,
 };
 use duplex_core::pair::api::{Action as ServerAction, Input as ServerInput};
-use duplex_core::request::{DiskOp, DiskOpKind, RequestError};
+use duplex_core::request::{DiskOp, DiskOpKind, DiskOutcome, RequestError};
 use duplex_core::time::Instant;
 
 use super::host::{Inbox, outcome_numbers};
@@ -299,7 +299,14 @@ impl World {
         let thread = &mut process.volumes[volume];
         let Some(pending) = thread.disk.remove(&id) else { return };
         let core_id = pending.id;
-        let finished = machine.disks[volume].finish(pending);
+        let mut finished = machine.disks[volume].finish(pending);
+        if let DiskOutcome::Zeroes { length_bytes } = &mut finished.outcome
+            && self.rng.chance(self.profile.blind_per_mille)
+        {
+            // A disk may always say less: none at all, as a block device does, or an earlier end.
+            let pages = *length_bytes / PAGE_BYTES as u64;
+            *length_bytes = self.rng.below(pages / 64 + 1) * 64 * self.rng.below(2) * PAGE_BYTES as u64;
+        }
         if let Some((buffer, pages)) = &finished.read {
             thread.buffers.fill(*buffer, pages);
         }
@@ -383,6 +390,9 @@ impl World {
             .unwrap_or_default();
         self.cover_message(&message);
         let mut message = message;
+        if let VolumeMessage::CopyZero { .. } = &message {
+            self.cover.hit("copy of a hole");
+        }
         if let VolumeMessage::Copy { id, range } = &message {
             self.resync_sent(host, volume, range.length_bytes);
             // The shell sends chunks of zeroes as ranges.
@@ -469,6 +479,9 @@ impl World {
                 Some(VolumeMessage::FlushAck { id: *id, outcome })
             }
             (Mutant::SkipCopy, VolumeMessage::Copy { id, .. }) => {
+                Some(VolumeMessage::CopyAck { id: *id, outcome })
+            }
+            (Mutant::SkipHole, VolumeMessage::CopyZero { id, .. }) => {
                 Some(VolumeMessage::CopyAck { id: *id, outcome })
             }
             (Mutant::SkipReplica, VolumeMessage::Write { seq, .. }) => {

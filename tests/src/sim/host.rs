@@ -160,6 +160,7 @@ pub fn outcome_numbers(outcome: &DiskOutcome) -> u64 {
     match outcome {
         DiskOutcome::Done => 0,
         DiskOutcome::Bytes(bytes) => bytes.len() as u64,
+        DiskOutcome::Zeroes { length_bytes } => *length_bytes | (1 << 60),
         DiskOutcome::Failed { errno } => u64::from(errno.unsigned_abs()) | (1 << 32),
     }
 }

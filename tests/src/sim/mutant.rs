@@ -25,11 +25,15 @@ pub enum Mutant {
     SameBootId,
     /// Replicated writes are acknowledged by the secondary and not written.
     SkipReplica,
+    /// Holes of the source are acknowledged by the target and not zeroed.
+    SkipHole,
+    /// Where holes are looked for, what was written since the last flush is not seen.
+    StaleHole,
 }
 
 impl Mutant {
     /// Every one.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 12] = [
         Self::SkipPeerFlush,
         Self::SkipLog,
         Self::DropMarks,
@@ -40,6 +44,8 @@ impl Mutant {
         Self::SkipOwnFlush,
         Self::SameBootId,
         Self::SkipReplica,
+        Self::SkipHole,
+        Self::StaleHole,
     ];
 
     /// As typed.
@@ -55,6 +61,8 @@ impl Mutant {
             Self::SkipOwnFlush => "skip-own-flush",
             Self::SameBootId => "same-boot-id",
             Self::SkipReplica => "skip-replica",
+            Self::SkipHole => "skip-hole",
+            Self::StaleHole => "stale-hole",
         }
     }
 }

@@ -38,6 +38,8 @@ pub struct Profile {
     pub slow_disk: bool,
     /// Chunks of zeroes travel as ranges.
     pub zero_chunks: bool,
+    /// Of a thousand questions for holes, those answered with less than there is.
+    pub blind_per_mille: u64,
     /// Faults that happen in this run, with weights.
     pub faults: Vec<(u64, Fault)>,
     /// Mean pause between two faults.
@@ -63,6 +65,7 @@ impl Profile {
             hop_ns: rng.weighted(&[(1, 0), (2, 100 * US), (1, 3 * MS)]).unwrap_or(0),
             slow_disk: rng.chance(200),
             zero_chunks: rng.chance(800),
+            blind_per_mille: rng.weighted(&[(4, 50), (1, 500), (1, 1000)]).unwrap_or(50),
             faults: Self::faults(rng),
             fault_pause_ns: rng.between(100, 1500) * MS,
             chaos_ns: rng.between(4000, 16_000) * MS,
@@ -117,6 +120,7 @@ impl Profile {
     /// How long a disk operation takes.
     pub fn disk_delay(&self, kind: &DiskOpKind, rng: &mut Rng) -> u64 {
         let (low, high) = match kind {
+            DiskOpKind::SeekData { .. } => (0, 2 * US),
             DiskOpKind::Read { .. } | DiskOpKind::MetaRead { .. } => (20 * US, 300 * US),
             DiskOpKind::Write { fua: false, .. } | DiskOpKind::Zero { fua: false, .. } => (20 * US, 500 * US),
             DiskOpKind::Write { fua: true, .. } | DiskOpKind::Zero { fua: true, .. } => (100 * US, 3 * MS),

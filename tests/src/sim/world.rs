@@ -28,6 +28,9 @@ use super::trace::Trace;
 /// Nanoseconds of a millisecond.
 pub const MS: u64 = 1_000_000;
 
+/// What stands on a used disk; no client ever writes it.
+const LITTER: u64 = u64::MAX - 1;
+
 /// Which life of which machine's daemon an event is for; later ones drop it.
 #[derive(Clone, Copy, Debug)]
 pub struct Life {
@@ -158,10 +161,22 @@ impl World {
         let instance = self.rng.wide();
         let disk = &mut self.machines[host].disks[volume];
         *disk = Disk::default();
+        disk.stale_holes = self.mutant == Some(Mutant::StaleHole);
         for (offset_bytes, bytes) in
             super::create::blank(self.profile.volumes[volume].size_bytes, boot_id, instance)
         {
             disk.format(offset_bytes, &bytes);
+        }
+    }
+
+    /// The disk of a copy that will be a target held something before: the first copy must not leave it there.
+    pub fn litter(&mut self, host: Host, volume: usize) {
+        let pages = self.profile.volumes[volume].size_bytes / PAGE_BYTES as u64;
+        for _ in 0..self.rng.below(24) {
+            let first = self.rng.below(pages);
+            for at in (first..pages).take(self.rng.index(40)) {
+                self.machines[host].disks[volume].litter(at, super::page::stamped(LITTER));
+            }
         }
     }
 

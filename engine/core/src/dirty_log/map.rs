@@ -43,6 +43,8 @@ pub(super) struct Map {
     /// As in the newest durable summary.
     on_disk: Vec<u16>,
     total: u64,
+    /// Pages with marks in each summary block: who looks for marks skips what has none.
+    groups: Vec<u32>,
     pages: BTreeMap<u64, Page>,
     changed: BTreeSet<u64>,
     wanted: BTreeSet<u64>,
@@ -74,6 +76,7 @@ impl Map {
             durable: vec![0; pages],
             on_disk: vec![0; pages],
             total: 0,
+            groups: vec![0; pages.div_ceil(SUMMARY_COUNTS as usize)],
             pages: BTreeMap::new(),
             changed: BTreeSet::new(),
             wanted: BTreeSet::new(),
@@ -120,6 +123,8 @@ impl Map {
     fn set_count(&mut self, page: u64, new: u64) {
         if let Some(own) = self.counts.get_mut(at(page)) {
             self.total = self.total + new - u64::from(*own);
+            let group = &mut self.groups[at(page / SUMMARY_COUNTS)];
+            *group = *group + u32::from(new > 0) - u32::from(*own > 0);
             *own = u16::try_from(new).unwrap_or(COUNT_FULL);
         }
     }
@@ -260,6 +265,17 @@ impl Map {
         true
     }
 
+    /// Nothing of the page is marked any more; it need not be read for that.
+    pub(super) fn clear_page(&mut self, page: u64) {
+        if self.count(page) == 0 {
+            return;
+        }
+        self.pages.remove(&page);
+        self.wanted.remove(&page);
+        self.set_count(page, 0);
+        self.changed.insert(page);
+    }
+
     /// Everything up to this version of the page is durable, and the summary says so.
     pub(super) fn is_durable(&self, page: u64, version: u64) -> bool {
         if self.waits_in(page) {
@@ -341,12 +357,26 @@ impl Map {
 
     /// The first page at or after `from` with marks in it or waiting for it.
     pub(super) fn next_marked(&self, from: u64) -> Option<u64> {
-        let rest = self.counts.get(at(from)..).unwrap_or_default();
-        let counted = (from..).zip(rest).find(|(_, count)| **count > 0).map(|(page, _)| page);
+        let counted = self.next_counted(from);
         let first = extents_of_page(from).start;
         let later = self.later.range(first..).next().map(|(extent, _)| place_in_page(*extent).0);
         let merged = self.merges.range(from..).next().map(|(page, _)| *page);
         [counted, later, merged].into_iter().flatten().min()
+    }
+
+    fn next_counted(&self, from: u64) -> Option<u64> {
+        let mut page = from;
+        while page < self.page_count() {
+            let group = page / SUMMARY_COUNTS;
+            let end = ((group + 1) * SUMMARY_COUNTS).min(self.page_count());
+            if self.groups[at(group)] > 0
+                && let Some(found) = (page..end).find(|page| self.counts[at(*page)] > 0)
+            {
+                return Some(found);
+            }
+            page = end;
+        }
+        None
     }
 
     /// Every block is marked.
@@ -364,6 +394,7 @@ impl Map {
         self.forget_pages();
         self.floor = floor;
         self.counts.fill(0);
+        self.groups.fill(0);
         self.durable.fill(0);
         self.total = 0;
         self.summary_changed.clear();
@@ -464,11 +495,24 @@ impl Map {
     }
 
     fn next_page_write(&mut self, instance: u128) -> Option<(u64, u16, Vec<u8>)> {
-        if self.writing.len() >= WRITES_MAX {
-            return None;
-        }
-        let page = self.changed.iter().copied().find(|page| !self.writing.contains_key(page))?;
-        self.changed.remove(&page);
+        let page = loop {
+            if self.writing.len() >= WRITES_MAX {
+                return None;
+            }
+            let page = self.changed.iter().copied().find(|page| !self.writing.contains_key(page))?;
+            self.changed.remove(&page);
+            if self.count(page) > 0 {
+                break page;
+            }
+            // What the summary calls empty is never read: the page on disk may hold what it wants.
+            if let Some(own) = self.pages.get_mut(&page) {
+                own.durable = own.version;
+            }
+            self.durable[at(page)] = 0;
+            if self.on_disk[at(page)] != 0 {
+                self.summary_changed.insert(page / SUMMARY_COUNTS);
+            }
+        };
         let coded = self.coded(page);
         let counter = self.next_counter;
         self.next_counter += 1;
@@ -534,9 +578,12 @@ impl DirtyLog {
 
     /// Proven blocks are cleared as soon as their page is there.
     pub(super) fn pump_clears(&mut self) {
-        for (extent, bits) in std::mem::take(&mut self.marks.proven) {
+        for page in std::mem::take(&mut self.marks.proven.pages) {
+            self.map.clear_page(page);
+        }
+        for (extent, bits) in std::mem::take(&mut self.marks.proven.extents) {
             if !self.map.clear(extent, &bits) {
-                self.marks.proven.insert(extent, bits);
+                self.marks.proven.extents.insert(extent, bits);
             }
         }
     }

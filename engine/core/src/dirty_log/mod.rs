@@ -8,7 +8,7 @@
 //! - an extent leaves the log only when nothing is in flight on it, everything written to it was flushed on
 //!   both copies or is marked, and its marks are durable: page first, then the summary that says that the
 //!   page exists;
-//! - the summary calls a page empty or partly dirty only after that page is durable;
+//! - the summary calls a page partly dirty only after that page is durable; one it calls empty or full is not read;
 //! - a bit is cleared only for a block that was copied, then covered by a flush of both copies, and not
 //!   marked or lost in between (G2).
 //!
@@ -22,6 +22,8 @@ mod map;
 #[cfg(test)]
 mod model_test;
 mod resync;
+#[cfg(test)]
+mod scale_test;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 

@@ -548,7 +548,8 @@ impl World {
         if !self.session || !self.begun || self.copies.len() > 6 {
             return;
         }
-        let most = 1 + self.random.below(4000);
+        // A hole goes as one range over whole pages; data goes in chunks.
+        let most = if self.random.one_in(3) { 1 << 20 } else { 1 + self.random.below(4000) };
         match self.log.next_dirty(self.cursor, most) {
             NextDirty::Run { first_block, blocks } => {
                 assert!(blocks <= most);

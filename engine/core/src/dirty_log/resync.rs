@@ -26,7 +26,8 @@ impl DirtyLog {
         self.map.total() + active + self.map.waiting_marks()
     }
 
-    /// The next marked blocks at or after `from_block` that are not copied yet; a run ends with its page.
+    /// The next marked blocks at or after `from_block` that are not copied yet. A run ends with its page, or with a
+    /// later one when every block of the pages between is marked.
     pub fn next_dirty(&mut self, from_block: u64, max_blocks: u64) -> NextDirty {
         let mut page = from_block / PAGE_BLOCKS;
         let mut first = from_block % PAGE_BLOCKS;
@@ -34,17 +35,48 @@ impl DirtyLog {
             if marked > page {
                 first = 0;
             }
-            let Some(mut bits) = self.compose(marked, false) else {
-                return NextDirty::Loading;
-            };
-            self.without_copied(marked, &mut bits);
-            if let Some((start, blocks)) = run(&bits, first, max_blocks.max(1)) {
-                return NextDirty::Run { first_block: marked * PAGE_BLOCKS + start, blocks };
+            let most = max_blocks.max(1);
+            if self.is_whole(marked) {
+                let blocks = self.whole_pages(marked, marked * PAGE_BLOCKS + first, most);
+                if blocks > 0 {
+                    return NextDirty::Run { first_block: marked * PAGE_BLOCKS + first, blocks };
+                }
+            } else if !self.marks.has_page(marked) {
+                let Some(mut bits) = self.compose(marked, false) else {
+                    return NextDirty::Loading;
+                };
+                self.without_copied(marked, &mut bits);
+                if let Some((start, blocks)) = run(&bits, first, most) {
+                    let first_block = marked * PAGE_BLOCKS + start;
+                    let ends = start + blocks == PAGE_BLOCKS;
+                    let more = if ends {
+                        self.whole_pages(marked + 1, first_block + blocks, most - blocks)
+                    } else {
+                        0
+                    };
+                    return NextDirty::Run { first_block, blocks: blocks + more };
+                }
             }
             page = marked + 1;
             first = 0;
         }
         NextDirty::End
+    }
+
+    /// Every block of the page is marked, and none is copied.
+    fn is_whole(&self, page: u64) -> bool {
+        self.map.count(page) > 0 && self.map.is_full(page) && !self.marks.touches(page)
+    }
+
+    /// Blocks from `first_block` on, at most `most`, as long as their pages, of which `page` is the first, are whole.
+    fn whole_pages(&self, mut page: u64, first_block: u64, most: u64) -> u64 {
+        let limit = first_block.saturating_add(most).min(self.blocks());
+        let mut end = first_block;
+        while end < limit && self.is_whole(page) {
+            page += 1;
+            end = (page * PAGE_BLOCKS).min(limit);
+        }
+        end - first_block
     }
 
     /// The next page with marks at or after `from_page`, blocks not flushed on both included.
@@ -176,7 +208,6 @@ impl DirtyLog {
 
 /// The first run of set bits at or after `first`, at most `max` long.
 fn run(bits: &PageBits, first: u64, max: u64) -> Option<(u64, u64)> {
-    let is_set = |at: u64| bits[(at / 64) as usize] >> (at % 64) & 1 == 1;
     let mut start = first;
     loop {
         if start >= PAGE_BLOCKS {
@@ -189,9 +220,14 @@ fn run(bits: &PageBits, first: u64, max: u64) -> Option<(u64, u64)> {
         }
         start = (start / 64 + 1) * 64;
     }
+    let limit = PAGE_BLOCKS.min(start.saturating_add(max));
     let mut end = start;
-    while end < PAGE_BLOCKS && end - start < max && is_set(end) {
-        end += 1;
+    while end < limit {
+        let ones = u64::from((bits[(end / 64) as usize] >> (end % 64)).trailing_ones());
+        end += ones;
+        if ones == 0 || !end.is_multiple_of(64) {
+            break;
+        }
     }
-    Some((start, end - start))
+    Some((start, end.min(limit) - start))
 }

@@ -335,7 +335,7 @@ impl Volume {
         };
         let range = op.op.range();
         match outcome {
-            DiskOutcome::Done | DiskOutcome::Bytes(_) => op.local = Leg::Done,
+            DiskOutcome::Done | DiskOutcome::Bytes(_) | DiskOutcome::Zeroes { .. } => op.local = Leg::Done,
             DiskOutcome::Failed { errno } => {
                 op.local = Leg::Failed;
                 match op.op {
@@ -505,7 +505,7 @@ impl Volume {
         op.stage = Stage::Running;
         op.local = Leg::Done;
         match outcome {
-            DiskOutcome::Done | DiskOutcome::Bytes(_) => {
+            DiskOutcome::Done | DiskOutcome::Bytes(_) | DiskOutcome::Zeroes { .. } => {
                 self.bad_blocks += 1;
                 self.report(super::api::Report::Healed { range });
                 if self.bad_blocks > crate::limits::BAD_BLOCKS_MAX {

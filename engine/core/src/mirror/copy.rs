@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 use super::api::{CopyPlan, Pace, Part, Priority, Progress, Report, ServeMode};
+use super::holes::{Holes, Piece};
 use super::lock::Access;
 use super::volume::{DiskPurpose, Holder, Joined, Serve, SessionRole, Volume};
 use crate::dirty_log::{DirtyLog, NextDirty};
@@ -19,6 +20,10 @@ const CLIENT_RECENT: Duration = Duration::from_millis(20);
 const YIELD_CHUNKS: usize = 2;
 /// Copied marks are cleared by a flush of both copies at least this often.
 const FLUSH_EVERY_BYTES: u64 = 64 << 20;
+/// The same for holes, in whole pages of marks (124 MiB each with blocks of 4 KiB): half a terabyte.
+const FLUSH_EVERY_PAGES: usize = 4096;
+/// No further hole is begun while so many wait for their flush.
+const PAGES_MAX: usize = 2 * FLUSH_EVERY_PAGES;
 /// An unreadable block is tried again after this long.
 const UNREADABLE_RETRY: Duration = Duration::from_secs(1);
 
@@ -40,9 +45,14 @@ enum Phase {
 #[derive(Clone, Copy, Debug)]
 struct Chunk {
     range: ByteRange,
+    /// Whole blocks; more than `range` when a hole was shorter than it seemed.
+    locked: ByteRange,
     buffer: BufferId,
     session: SessionId,
-    sent: bool,
+    /// When it was sent.
+    sent: Option<Instant>,
+    /// Goes as a range, if the disk says under the lock that it is zero.
+    zero: bool,
 }
 
 /// State of the copying.
@@ -67,6 +77,7 @@ pub(super) struct Copying {
     max_bytes_per_s: u64,
     /// Not before this (rate cap, unreadable block).
     not_before: Instant,
+    pub(super) holes: Holes,
 }
 
 impl Copying {
@@ -88,7 +99,12 @@ impl Copying {
             priority: Priority::Normal,
             max_bytes_per_s: 0,
             not_before: Instant(0),
+            holes: Holes::new(),
         }
+    }
+
+    pub(super) const fn round(&self) -> u32 {
+        self.round
     }
 
     pub(super) fn set_pace(&mut self, pace: Pace) {
@@ -178,6 +194,7 @@ impl Volume {
         copying.sent_bytes = 0;
         copying.flushed_at_bytes = 0;
         copying.not_before = Instant(0);
+        copying.holes = Holes::new();
         copying.phase = match plan {
             CopyPlan::None => Phase::Off,
             CopyPlan::Union => Phase::Marks,
@@ -259,15 +276,20 @@ impl Volume {
             && self.copying.in_flight() < self.window()
             && self.copying.phase == Phase::Chunks
         {
-            let max_blocks = COPY_CHUNK_BYTES / self.block_bytes();
-            let Some(log) = self.log.as_mut() else {
+            let max_blocks = self.copying.holes.longest_bytes() / self.block_bytes();
+            let Some(log) = self.log.as_mut().filter(|log| log.copied_pages() < PAGES_MAX) else {
                 return moved;
             };
             match log.next_dirty(self.copying.cursor_block, max_blocks) {
                 NextDirty::Run { first_block, blocks } => {
+                    let (blocks, zero) = match self.piece(first_block, blocks) {
+                        Piece::Read(blocks) => (blocks, false),
+                        Piece::Zero(blocks) => (blocks, true),
+                        Piece::Asked => return moved,
+                    };
                     moved = true;
                     self.copying.cursor_block = first_block + blocks;
-                    self.begin_chunk(first_block, blocks);
+                    self.begin_chunk(first_block, blocks, zero);
                 }
                 NextDirty::Loading => return moved,
                 NextDirty::End if self.copying.cursor_block > 0 && self.copying.in_flight() == 0 => {
@@ -301,7 +323,7 @@ impl Volume {
         true
     }
 
-    fn begin_chunk(&mut self, first_block: u64, blocks: u64) {
+    fn begin_chunk(&mut self, first_block: u64, blocks: u64, zero: bool) {
         let block = self.block_bytes();
         let size = self.copy().map_or(0, |c| c.size_bytes);
         let offset = first_block * block;
@@ -309,7 +331,8 @@ impl Volume {
         let (Some(joined), Some(buffer)) = (self.joined, self.copying.buffers.pop()) else {
             return;
         };
-        let chunk = Chunk { range, buffer, session: joined.session, sent: false };
+        let locked = self.widen(range);
+        let chunk = Chunk { range, locked, buffer, session: joined.session, sent: None, zero };
         let slot = match self.copying.chunks.iter().position(Option::is_none) {
             Some(slot) => slot,
             None => {
@@ -319,7 +342,6 @@ impl Volume {
         };
         self.copying.chunks[slot] = Some(chunk);
         let slot = u32::try_from(slot).expect("chunks are as many as copy buffers");
-        let locked = self.widen(range);
         if self.locks.acquire(locked, Access::Exclusive, Holder::Copy(slot)) {
             self.copy_locked(slot);
         }
@@ -336,7 +358,10 @@ impl Volume {
         if !self.chunk_is_current(&chunk) {
             return self.drop_chunk(slot);
         }
-        let kind = DiskOpKind::Read { range: chunk.range, buffer: chunk.buffer };
+        let kind = match chunk.zero {
+            true => DiskOpKind::SeekData { range: chunk.range },
+            false => DiskOpKind::Read { range: chunk.range, buffer: chunk.buffer },
+        };
         self.disk(DiskPurpose::CopyRead(slot), kind);
     }
 
@@ -350,8 +375,7 @@ impl Volume {
             return;
         };
         self.copying.buffers.push(chunk.buffer);
-        let locked = self.widen(chunk.range);
-        self.locks.release(locked, Access::Exclusive, &mut self.granted);
+        self.locks.release(chunk.locked, Access::Exclusive, &mut self.granted);
     }
 
     pub(super) fn on_copy_read(&mut self, slot: u32, outcome: &DiskOutcome) {
@@ -361,13 +385,18 @@ impl Volume {
         if !self.chunk_is_current(&chunk) {
             return self.drop_chunk(slot);
         }
+        let id = (u64::from(self.copying.round) << 32) | u64::from(slot);
         match outcome {
-            DiskOutcome::Done | DiskOutcome::Bytes(_) => {
-                if let Some(chunk) = self.copying.chunks[slot as usize].as_mut() {
-                    chunk.sent = true;
-                }
+            DiskOutcome::Zeroes { length_bytes }
+                if chunk.zero && *length_bytes >= chunk.range.length_bytes =>
+            {
+                self.set_sent(slot);
+                self.send(VolumeMessage::CopyZero { id, range: chunk.range }, None);
+            }
+            DiskOutcome::Zeroes { .. } | DiskOutcome::Failed { .. } if chunk.zero => self.read_instead(slot),
+            DiskOutcome::Done | DiskOutcome::Bytes(_) | DiskOutcome::Zeroes { .. } => {
+                self.set_sent(slot);
                 self.account_sent(chunk.range.length_bytes);
-                let id = (u64::from(self.copying.round) << 32) | u64::from(slot);
                 self.send(VolumeMessage::Copy { id, range: chunk.range }, Some(chunk.buffer));
             }
             DiskOutcome::Failed { .. } => {
@@ -376,6 +405,25 @@ impl Volume {
                 self.drop_chunk(slot);
             }
         }
+    }
+
+    fn set_sent(&mut self, slot: u32) {
+        let now = self.now;
+        if let Some(chunk) = self.copying.chunks[slot as usize].as_mut() {
+            chunk.sent = Some(now);
+        }
+    }
+
+    /// Under the lock it is not all zero: its first bytes are read, the rest is found when the marks are gone through
+    /// again.
+    fn read_instead(&mut self, slot: u32) {
+        self.copying.holes.forget();
+        let longest = COPY_CHUNK_BYTES.max(self.block_bytes());
+        if let Some(chunk) = self.copying.chunks[slot as usize].as_mut() {
+            chunk.zero = false;
+            chunk.range.length_bytes = chunk.range.length_bytes.min(longest);
+        }
+        self.copy_locked(slot);
     }
 
     fn account_sent(&mut self, bytes: u64) {
@@ -392,8 +440,11 @@ impl Volume {
         let Some(chunk) = self.chunk(slot) else {
             return;
         };
-        if id >> 32 != u64::from(self.copying.round) || !chunk.sent {
+        let Some(sent) = chunk.sent.filter(|_| id >> 32 == u64::from(self.copying.round)) else {
             return;
+        };
+        if chunk.zero {
+            self.copying.holes.took(self.now.since(sent));
         }
         match outcome {
             RemoteOutcome::Done => {
@@ -411,7 +462,7 @@ impl Volume {
     /// Chunks sent in a session that ended will never be answered.
     fn drop_sent_chunks(&mut self) {
         for slot in 0..self.copying.chunks.len() {
-            let sent = self.copying.chunks[slot].is_some_and(|c| c.sent);
+            let sent = self.copying.chunks[slot].is_some_and(|c| c.sent.is_some());
             if sent {
                 self.drop_chunk(u32::try_from(slot).expect("chunks are as many as copy buffers"));
             }
@@ -438,6 +489,7 @@ impl Volume {
             Phase::Chunks => {
                 self.copying.in_flight() == 0
                     || self.copying.sent_bytes - self.copying.flushed_at_bytes >= FLUSH_EVERY_BYTES
+                    || self.log.as_ref().is_some_and(|log| log.copied_pages() >= FLUSH_EVERY_PAGES)
             }
             Phase::Off | Phase::Marks | Phase::MarksDurable | Phase::Tail | Phase::Done => true,
         }

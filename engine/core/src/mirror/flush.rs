@@ -177,7 +177,7 @@ impl Volume {
             return;
         };
         match outcome {
-            DiskOutcome::Done | DiskOutcome::Bytes(_) => flush.local = Leg::Done,
+            DiskOutcome::Done | DiskOutcome::Bytes(_) | DiskOutcome::Zeroes { .. } => flush.local = Leg::Done,
             DiskOutcome::Failed { errno } => {
                 flush.local = Leg::Failed;
                 self.fail_mine(*errno, None);

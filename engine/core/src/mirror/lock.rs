@@ -7,8 +7,8 @@ use std::collections::{BTreeMap, VecDeque};
 
 use crate::ids::ByteRange;
 
-/// Longest range one holder may lock; bounds the search for overlapping readers.
-const LOCK_MAX_BYTES: u64 = 2 * crate::limits::ZERO_MAX_BYTES;
+/// Longest range a reader may lock; bounds the search for overlapping readers.
+const SHARED_MAX_BYTES: u64 = 2 * crate::limits::ZERO_MAX_BYTES;
 
 /// Shares or excludes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -44,7 +44,10 @@ impl<H: Copy + PartialEq> RangeLocks<H> {
 
     /// True: locked now. False: `holder` waits and comes out of [`Self::release`] when it is its turn.
     pub(super) fn acquire(&mut self, range: ByteRange, access: Access, holder: H) -> bool {
-        debug_assert!(range.length_bytes <= LOCK_MAX_BYTES, "lock longer than the search window");
+        debug_assert!(
+            access == Access::Exclusive || range.length_bytes <= SHARED_MAX_BYTES,
+            "lock longer than the search window"
+        );
         let free = !self.conflicts(range, access)
             && !self.waiting.iter().any(|w| w.range.overlaps(range) && !both_shared(w.access, access));
         if free {
@@ -127,7 +130,7 @@ impl<H: Copy + PartialEq> RangeLocks<H> {
         match access {
             Access::Shared => false,
             Access::Exclusive => {
-                let first = range.offset_bytes.saturating_sub(LOCK_MAX_BYTES);
+                let first = range.offset_bytes.saturating_sub(SHARED_MAX_BYTES);
                 self.shared
                     .range((first, 0)..(range.end_bytes(), 0))
                     .any(|(_, end)| *end > range.offset_bytes)

@@ -10,6 +10,7 @@ mod client;
 mod copy;
 mod flush;
 mod front;
+mod holes;
 mod lock;
 mod peer;
 mod record;

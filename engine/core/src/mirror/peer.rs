@@ -3,7 +3,7 @@
 use super::lock::Access;
 use super::volume::{DiskPurpose, Holder, SessionRole, Volume};
 use crate::ids::{BufferId, ByteRange, SessionId};
-use crate::limits::{REQUEST_MAX_BYTES, ZERO_MAX_BYTES};
+use crate::limits::{COPY_ZERO_MAX_BYTES, REQUEST_MAX_BYTES, ZERO_MAX_BYTES};
 use crate::message::{RemoteOutcome, VolumeMessage};
 use crate::request::{DiskOpKind, DiskOutcome};
 use crate::time::Instant;
@@ -101,8 +101,11 @@ impl Volume {
             VolumeMessage::Write { range, .. } | VolumeMessage::Copy { range, .. } => {
                 (is_target && buffer.is_some() && fits(range)).then_some((range, Access::Exclusive))
             }
-            VolumeMessage::Zero { range, .. } | VolumeMessage::CopyZero { range, .. } => {
+            VolumeMessage::Zero { range, .. } => {
                 (is_target && within(range, ZERO_MAX_BYTES)).then_some((range, Access::Exclusive))
+            }
+            VolumeMessage::CopyZero { range, .. } => {
+                (is_target && within(range, COPY_ZERO_MAX_BYTES)).then_some((range, Access::Exclusive))
             }
             VolumeMessage::Read { range, .. } => {
                 (is_target && buffer.is_some() && fits(range)).then_some((range, Access::Shared))
@@ -156,7 +159,7 @@ impl Volume {
         };
         self.locks.release(op.locked, op.access, &mut self.granted);
         let result = match outcome {
-            DiskOutcome::Done | DiskOutcome::Bytes(_) => RemoteOutcome::Done,
+            DiskOutcome::Done | DiskOutcome::Bytes(_) | DiskOutcome::Zeroes { .. } => RemoteOutcome::Done,
             DiskOutcome::Failed { errno } => {
                 if op.access == Access::Exclusive {
                     self.fail_mine(*errno, Some(op.locked));
@@ -220,7 +223,7 @@ impl Volume {
             return;
         };
         let outcome = match outcome {
-            DiskOutcome::Done | DiskOutcome::Bytes(_) => RemoteOutcome::Done,
+            DiskOutcome::Done | DiskOutcome::Bytes(_) | DiskOutcome::Zeroes { .. } => RemoteOutcome::Done,
             DiskOutcome::Failed { errno } => {
                 self.fail_mine(*errno, None);
                 RemoteOutcome::Failed { errno: *errno }

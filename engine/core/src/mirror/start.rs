@@ -33,7 +33,7 @@ impl Volume {
     pub(super) fn on_superblock_read(&mut self, outcome: DiskOutcome) {
         let bytes = match outcome {
             DiskOutcome::Bytes(bytes) if bytes.len() == 2 * SUPERBLOCK_BYTES => bytes,
-            DiskOutcome::Bytes(_) | DiskOutcome::Done => {
+            DiskOutcome::Bytes(_) | DiskOutcome::Done | DiskOutcome::Zeroes { .. } => {
                 return self.unusable("io", "the superblocks were read short".to_owned());
             }
             DiskOutcome::Failed { errno } => {

@@ -83,6 +83,8 @@ pub(super) enum DiskPurpose {
     Log(u32),
     Super,
     SuperRead,
+    /// Where the next data is, asked in this round of copying.
+    Seek(u32),
 }
 
 impl DiskPurpose {
@@ -97,6 +99,7 @@ impl DiskPurpose {
             Self::Log(slot) => (7, slot),
             Self::Super => (8, 0),
             Self::SuperRead => (9, 0),
+            Self::Seek(round) => (10, round),
         };
         DiskOpId((kind << 56) | slot as u64)
     }
@@ -113,6 +116,7 @@ impl DiskPurpose {
             7 => Some(Self::Log(slot)),
             8 => Some(Self::Super),
             9 => Some(Self::SuperRead),
+            10 => Some(Self::Seek(slot)),
             _ => None,
         }
     }
@@ -369,6 +373,7 @@ impl Volume {
             DiskPurpose::Log(slot) => self.on_log_disk(slot, outcome),
             DiskPurpose::Super => self.on_record_disk(&outcome),
             DiskPurpose::SuperRead => self.on_superblock_read(outcome),
+            DiskPurpose::Seek(round) => self.on_seek(round, &outcome),
         }
     }
 
@@ -378,7 +383,7 @@ impl Volume {
             return;
         };
         let result = match outcome {
-            DiskOutcome::Done => Ok(Vec::new()),
+            DiskOutcome::Done | DiskOutcome::Zeroes { .. } => Ok(Vec::new()),
             DiskOutcome::Bytes(bytes) => Ok(bytes),
             DiskOutcome::Failed { errno } => Err(errno),
         };
