@@ -136,7 +136,7 @@ fn the_largest_volume_is_copied_crashed_and_resynced_without_a_pass_over_its_map
 /// A thousand writers at a time over cold extents: everyone gets his turn, the log keeps its size.
 fn thousand_writers(outcome: WriteEnd) {
     const WRITERS: usize = 1000;
-    const WRITES: usize = 12_000;
+    const WRITES: usize = 4000;
     let mut bench = Bench::new(BTreeMap::new(), 1);
     let all: Vec<ByteRange> = scattered(WRITES as u64).collect();
     let (mut begun, mut ended, mut flushes) = (0, 0, 0);
