@@ -29,6 +29,8 @@ pub enum DiskKind {
     File,
     /// A loop device over a disk that can fail and lose power.
     Faulty,
+    /// A sparse file in memory (tmpfs): may be larger than any file system's files.
+    Memory,
 }
 
 /// How a pair is made.
@@ -249,6 +251,12 @@ pub fn make_disk(space: &Space, name: &str, kind: DiskKind, bytes: u64) -> Resul
         DiskKind::Loop => {
             space.sparse_file(&format!("{name}.disk"), bytes)?;
             Disk::Loop(LoopDevice::over_file(&file, 512)?)
+        }
+        DiskKind::Memory => {
+            let directory = space.memory()?;
+            let file = directory.join(format!("{name}.disk"));
+            std::fs::File::create(&file)?.set_len(bytes)?;
+            Disk::File(file)
         }
         DiskKind::Faulty => {
             let options = DiskOptions { size_bytes: bytes, sector_bytes: 512, volatile_cache: true };

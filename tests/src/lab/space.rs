@@ -41,6 +41,18 @@ impl Space {
         Ok(path)
     }
 
+    /// A directory inside that is a file system in memory; made once.
+    pub fn memory(&self) -> Result<PathBuf> {
+        let path = self.path.join("memory");
+        if !path.exists() {
+            std::fs::create_dir(&path)?;
+            let words = ["-t", "tmpfs", "-o", "size=4g", "duplex-lab"];
+            let status = std::process::Command::new("mount").args(words).arg(&path).status()?;
+            anyhow::ensure!(status.success(), "a tmpfs cannot be mounted on {}", path.display());
+        }
+        Ok(path)
+    }
+
     /// A sparse file of `bytes` inside.
     pub fn sparse_file(&self, name: &str, bytes: u64) -> Result<PathBuf> {
         let path = self.path.join(name);

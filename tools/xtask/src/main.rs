@@ -22,7 +22,7 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Verb {
-    /// Everything continuous integration asks for: format, lints, tidy, tests, simulator, cases, crash rounds
+    /// Everything continuous integration asks for: format, lints, tidy, tests, simulator, cases, crash rounds, scale
     Test,
     /// The rules of the house that no compiler checks: layers, file sizes, words, SAFETY comments
     Tidy,
@@ -51,6 +51,11 @@ enum Verb {
     Crash {
         /// --rounds N --seed S
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
+    /// Scale on the real program: a sparse volume of 64 TiB, a log full of cold extents, 64 volumes
+    Scale {
+        /// huge, cold, many; all when none is given
         args: Vec<String>,
     },
     /// Measurements, optimised build
@@ -100,6 +105,11 @@ fn run(cli: Cli) -> Result<ExitCode> {
             packages::require(packages::LAB)?;
             process::build_programs(false)?;
             Tool::new("duplex-tests", "duplex-crash").hand_over(&args)
+        }
+        Verb::Scale { args } => {
+            packages::require(packages::LAB)?;
+            process::build_programs(false)?;
+            Tool::new("duplex-tests", "duplex-scale").hand_over(&args)
         }
         Verb::Bench { args } => {
             packages::require(packages::BENCH)?;

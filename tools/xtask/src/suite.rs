@@ -23,6 +23,9 @@ const DISK4_CUTS: u32 = 10;
 const SIM_SEEDS: u32 = 2000;
 const CRASH_ROUNDS: u32 = 20;
 
+/// Rounds of `duplex-scale`.
+const SCALE_ROUNDS: [&str; 3] = ["huge", "cold", "many"];
+
 /// What a phase added to the count.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Count {
@@ -89,6 +92,7 @@ pub(crate) fn run() -> Result<ExitCode> {
         phase("simulator", &mut simulator);
         phase("cases", &mut cases);
         phase("crash", &mut crash);
+        phase("scale", &mut scale);
     }
     println!("whole run {:.1} s", begin.elapsed().as_secs_f64());
     println!("{} passed, {} failed, {} skipped", total.passed, total.failed, total.skipped);
@@ -283,6 +287,30 @@ fn crash() -> Result<Count> {
     }
     let arguments = ["--rounds".to_owned(), CRASH_ROUNDS.to_string()];
     command("crash", tool.command(&arguments), minutes(6))
+}
+
+fn scale() -> Result<Count> {
+    if !packages::is_root() {
+        println!("SKIPPED: the scale rounds need root");
+        return Ok(Count { skipped: u32::try_from(SCALE_ROUNDS.len())?, ..Count::default() });
+    }
+    let limit = minutes(4);
+    let mut count = Count::default();
+    let command = Tool::new("duplex-tests", "duplex-scale").command(&SCALE_ROUNDS.map(str::to_owned));
+    let outcome = process::watch(command, &log_file("scale"), limit, |text| {
+        println!("{text}");
+        let mut words = text.split_whitespace();
+        if words.next().is_some_and(|name| SCALE_ROUNDS.contains(&name)) {
+            match words.next() {
+                Some("ok") => count.add(Count::PASSED),
+                Some("FAIL") => count.add(Count::FAILED),
+                Some(_) | None => {}
+            }
+        }
+    })?;
+    say_why("scale", &outcome, limit);
+    count.failed += u32::try_from(SCALE_ROUNDS.len())?.saturating_sub(count.passed + count.failed);
+    Ok(count)
 }
 
 #[cfg(test)]

@@ -263,6 +263,7 @@ impl Rig {
             DiskOpKind::Write { range, .. } => format!("write {range}"),
             DiskOpKind::Zero { range, .. } => format!("zero {range}"),
             DiskOpKind::Flush => "flush".to_owned(),
+            DiskOpKind::SeekData { range } => format!("seek {range}"),
             DiskOpKind::MetaRead { .. } => "meta read".to_owned(),
             DiskOpKind::MetaWrite { offset_bytes, preflush, .. } => {
                 let place = match *offset_bytes {

@@ -1,0 +1,111 @@
+//! A sparse volume of 64 TiB: created, copied for the first time, written here and there, its lone primary killed,
+//! resynchronised. Memory stays small, and nobody writes the map as a whole: a first copy that did would leave 2 GiB.
+
+use std::time::Instant;
+
+use anyhow::{Result, ensure};
+
+use super::{LONG, MEMORY_BOUND_BYTES, PATIENCE, Written, allocated_bytes, assert_equal, judge_memory, step};
+use crate::lab::nbd::Nbd;
+use crate::lab::pair::{LIMIT, VOLUME};
+use crate::lab::{DiskKind, Pair, PairOptions, Seed};
+
+const VOLUME_BYTES: u64 = 64 << 40;
+/// What metadata and a few thousand chunks of a resync may take on disk: each carries one written block. The whole map
+/// alone would be 2 GiB.
+const DISK_BOUND_BYTES: u64 = 1 << 30;
+/// Of these the first copy finds some on the source.
+const WRITES: u64 = 1000;
+
+/// The round.
+///
+/// # Errors
+/// With the bound that was passed.
+pub fn run() -> Result<()> {
+    let options = PairOptions {
+        volume_bytes: VOLUME_BYTES + (4 << 30),
+        disks: [DiskKind::Memory; 2],
+        volume_lines: "size = \"64TiB\"".to_owned(),
+        ..PairOptions::default()
+    };
+    let mut pair = Pair::new(options)?;
+    let done = play(&mut pair);
+    if done.is_err() {
+        eprintln!("{}", pair.report());
+    }
+    done
+}
+
+fn play(pair: &mut Pair) -> Result<()> {
+    let (mut seed, mut written) = (Seed::new(64), Written::default());
+    step("create on both", || pair.create())?;
+    judge_disk(pair, "created")?;
+    pair.alpha.start_daemon()?;
+    pair.alpha.must(&["activate"])?;
+    pair.alpha.wait("role=primary", LIMIT)?;
+    let mut nbd = Nbd::unix(&pair.alpha.nbd(), VOLUME, PATIENCE)?;
+    ensure!(nbd.size_bytes() == VOLUME_BYTES, "the volume has {} bytes", nbd.size_bytes());
+    written.scatter(&mut nbd, &mut seed, WRITES / 4, 32)?;
+    pair.beta.start_daemon()?;
+    step("first copy", || {
+        let longest = write_meanwhile(&mut nbd, &mut seed, &mut written)?;
+        println!("  longest wait of a client's write in the first copy: {} ms", longest.as_millis());
+        pair.alpha.wait("mirrored", LONG)?;
+        pair.beta.wait("mirrored", LONG)
+    })?;
+    judge_memory("after the first copy", &[&pair.alpha, &pair.beta], MEMORY_BOUND_BYTES)?;
+    judge_disk(pair, "copied")?;
+    equal(pair)?;
+    step("1,000 writes mirrored", || written.scatter(&mut nbd, &mut seed, WRITES, 32))?;
+    pair.beta.kill()?;
+    pair.alpha.wait("alone", LIMIT)?;
+    step("1,000 writes alone", || written.scatter(&mut nbd, &mut seed, WRITES, 32))?;
+    judge_memory("alone", &[&pair.alpha], MEMORY_BOUND_BYTES)?;
+    drop(nbd);
+    pair.alpha.kill()?;
+    pair.alpha.boot(false)?;
+    step("start after the crash", || {
+        pair.alpha.start_daemon()?;
+        pair.alpha.wait("role=primary", LIMIT)
+    })?;
+    let recovered = pair.alpha.event("recovered")?;
+    println!("  {}", recovered["text"].as_str().unwrap_or_default());
+    written.verify(&mut Nbd::unix(&pair.alpha.nbd(), VOLUME, PATIENCE)?)?;
+    pair.beta.boot(false)?;
+    step("resync", || {
+        pair.beta.start_daemon()?;
+        pair.alpha.wait("mirrored", LONG)?;
+        pair.beta.wait("mirrored", LONG)
+    })?;
+    let synced = pair.alpha.event("synced")?;
+    println!("  {}", synced["text"].as_str().unwrap_or_default());
+    judge_memory("after the resync", &[&pair.alpha, &pair.beta], MEMORY_BOUND_BYTES)?;
+    judge_disk(pair, "resynchronised")?;
+    written.verify(&mut Nbd::unix(&pair.alpha.nbd(), VOLUME, PATIENCE)?)?;
+    equal(pair)?;
+    pair.stop()
+}
+
+/// A client while ranges are zeroed: how long its slowest write waited.
+fn write_meanwhile(nbd: &mut Nbd, seed: &mut Seed, written: &mut Written) -> Result<std::time::Duration> {
+    let mut longest = std::time::Duration::ZERO;
+    for _ in 0..200 {
+        let start = Instant::now();
+        written.scatter(nbd, seed, 1, 1)?;
+        longest = longest.max(start.elapsed());
+    }
+    Ok(longest)
+}
+
+fn equal(pair: &Pair) -> Result<()> {
+    assert_equal(pair.alpha.disk().path(), pair.beta.disk().path(), VOLUME_BYTES)
+}
+
+fn judge_disk(pair: &Pair, when: &str) -> Result<()> {
+    for server in [&pair.alpha, &pair.beta] {
+        let bytes = allocated_bytes(server.disk().path())?;
+        println!("  {when}, {}: {} KiB on disk", server.name(), bytes >> 10);
+        ensure!(bytes < DISK_BOUND_BYTES, "{} wrote {} MiB: a whole map", server.name(), bytes >> 20);
+    }
+    Ok(())
+}
