@@ -13,8 +13,8 @@ use crate::lab::{DiskKind, Pair, PairOptions, Seed, Server};
 
 const VOLUMES: usize = 64;
 const VOLUME_BYTES: u64 = 64 << 20;
-/// Resident at most: 8 MiB a volume, of which 4 MiB are buffers of its resync.
-const MEMORY_BYTES: u64 = VOLUMES as u64 * (8 << 20);
+/// Resident at most: 12 MiB a volume: buffers of its resync are 4 MiB, 16 MiB with blocks of 1 MiB.
+const MEMORY_BYTES: u64 = VOLUMES as u64 * (12 << 20);
 /// How long idle daemons are watched.
 const IDLE: Duration = Duration::from_secs(4);
 /// Threads of a daemon: one a volume, a few of the control plane, and the kernel's workers of each ring.
@@ -100,9 +100,11 @@ fn add_volumes(pair: &Pair) -> Result<Vec<String>> {
         }
         writeln!(
             tables,
-            "[volumes.{name}]\nbacking = {{ alpha = \"{}\", beta = \"{}\" }}\nfrontend = \"none\"\nsize = \"64MiB\"\n",
+            "[volumes.{name}]\nbacking = {{ alpha = \"{}\", beta = \"{}\" }}\nfrontend = \"none\"\nsize = \"64MiB\"\nblock_bytes = {}\n",
             a.display(),
-            b.display()
+            b.display(),
+            // Blocks of every size there is, in turn.
+            4096 << (number % 9)
         )?;
         names.push(name);
     }

@@ -25,7 +25,8 @@ use crate::time::Instant;
 pub struct VolumeConfig {
     /// This boot: a change since the last record means lost memory (G10).
     pub boot_id: BootId,
-    /// Buffers of `limits::COPY_CHUNK_BYTES` each for resync chunks; the core hands them about by id.
+    /// Buffers of `limits::COPY_CHUNK_BYTES` each, of a block where that is more, for resync chunks; the core hands them
+    /// about by id.
     pub copy_buffers: Vec<BufferId>,
     /// An operation unanswered this long, here or there, counts as a failed copy.
     pub stall: Duration,

@@ -110,7 +110,9 @@ pub fn spawn(settings: Settings, placed: Placed) -> Result<(VolumeHandle, JoinHa
     let mut arena = Arena::new(ARENA_BYTES)?;
     let capacity_bytes = placed.capacity_bytes;
     let store = Store::new(STORE, placed.backing, placed.placement)?;
-    let chunk = usize::try_from(COPY_CHUNK_BYTES).expect("a chunk fits into memory");
+    // A block is copied whole.
+    let chunk = COPY_CHUNK_BYTES.max(u64::from(placed.superblock.copy.block_bytes));
+    let chunk = usize::try_from(chunk).expect("a chunk fits into memory");
     let copy_buffers: Vec<BufferId> = (0..COPY_CHUNKS_MAX).filter_map(|_| arena.alloc(chunk)).collect();
     let config =
         VolumeConfig { boot_id: settings.boot_id, copy_buffers, stall: settings.stall, capacity_bytes };
