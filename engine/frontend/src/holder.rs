@@ -20,6 +20,7 @@ use std::path::{Path, PathBuf};
 use duplex_core::limits::VOLUMES_MAX;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{FlockOperation, flock};
+use rustix::io::retry_on_intr;
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, listen,
@@ -97,6 +98,8 @@ struct Packet {
     descriptor: Option<OwnedFd>,
 }
 
+/// A signal may interrupt any of these calls, and does where a ring of this thread just ended: the kernel then wakes
+/// the thread for the ring's last work, and a socket with a time limit is not restarted by it.
 fn send_packet(to: BorrowedFd<'_>, bytes: &[u8], descriptor: Option<BorrowedFd<'_>>) -> io::Result<()> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut beside = SendAncillaryBuffer::new(&mut space);
@@ -106,7 +109,7 @@ fn send_packet(to: BorrowedFd<'_>, bytes: &[u8], descriptor: Option<BorrowedFd<'
     {
         return Err(io::Error::other("no room for a descriptor"));
     }
-    sendmsg(to, &[IoSlice::new(bytes)], &mut beside, SendFlags::NOSIGNAL)?;
+    retry_on_intr(|| sendmsg(to, &[IoSlice::new(bytes)], &mut beside, SendFlags::NOSIGNAL))?;
     Ok(())
 }
 
@@ -116,7 +119,7 @@ fn receive_packet(from: BorrowedFd<'_>) -> io::Result<Option<Packet>> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut beside = RecvAncillaryBuffer::new(&mut space);
     let mut vectors = [IoSliceMut::new(&mut bytes)];
-    let received = recvmsg(from, &mut vectors, &mut beside, RecvFlags::CMSG_CLOEXEC)?;
+    let received = retry_on_intr(|| recvmsg(from, &mut vectors, &mut beside, RecvFlags::CMSG_CLOEXEC))?;
     let mut descriptor = None;
     for message in beside.drain() {
         if let RecvAncillaryMessage::ScmRights(descriptors) = message {

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+use rustix::io::retry_on_intr;
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_flag, fsconfig_set_string,
     fsmount, fsopen,
@@ -220,22 +221,23 @@ fn initialise(volume: &str, device: BorrowedFd<'_>) -> Result<Agreed, FuseError>
     let no_init = |what: String| FuseError::NoInit { volume: volume.to_owned(), what };
     let mut polled = [PollFd::new(&device, PollFlags::IN)];
     let wait = rustix::time::Timespec { tv_sec: INIT_WAIT.as_secs() as i64, tv_nsec: 0 };
-    let ready = poll(&mut polled, Some(&wait)).map_err(|errno| no_init(format!("poll: {errno}")))?;
+    let ready = retry_on_intr(|| poll(&mut polled, Some(&wait)))
+        .map_err(|errno| no_init(format!("poll: {errno}")))?;
     if ready == 0 {
         return Err(no_init(format!("nothing for {} s", INIT_WAIT.as_secs())));
     }
     let mut header = [0; HEADER_BYTES];
     let mut rest = vec![0; PAYLOAD_MAX_BYTES as usize];
     let mut vectors = [IoSliceMut::new(&mut header), IoSliceMut::new(&mut rest)];
-    let received_bytes =
-        rustix::io::readv(device, &mut vectors).map_err(|errno| no_init(format!("read: {errno}")))?;
+    let received_bytes = retry_on_intr(|| rustix::io::readv(device, &mut vectors))
+        .map_err(|errno| no_init(format!("read: {errno}")))?;
     let message = protocol::parse(&header, received_bytes).map_err(|error| no_init(error.to_string()))?;
     let Operation::Init(offer) = message.operation else {
         return Err(no_init(format!("{:?}", message.operation)));
     };
     let (reply, agreed) = protocol::negotiate(message.unique, &offer)
         .map_err(|source| FuseError::Init { volume: volume.to_owned(), source })?;
-    rustix::io::writev(device, &[IoSlice::new(reply.as_bytes())])
+    retry_on_intr(|| rustix::io::writev(device, &[IoSlice::new(reply.as_bytes())]))
         .map_err(|errno| no_init(format!("answer: {errno}")))?;
     Ok(agreed)
 }

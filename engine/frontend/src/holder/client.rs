@@ -41,7 +41,7 @@ impl HolderClient {
             set_socket_timeout(&socket, side, Some(ANSWER_WAIT)).map_err(failed("set a time limit"))?;
         }
         let address = SocketAddrUnix::new(path).map_err(failed("name the socket"))?;
-        match connect(&socket, &address) {
+        match rustix::io::retry_on_intr(|| connect(&socket, &address)) {
             Ok(()) => Ok(Some(Self { path: path.to_owned(), socket })),
             Err(rustix::io::Errno::NOENT | rustix::io::Errno::CONNREFUSED) => Ok(None),
             Err(errno) => Err(failed("connect")(errno)),

@@ -68,11 +68,18 @@ impl Keeper {
     pub(super) fn take(&self, volume: &str) -> Result<Option<OwnedFd>, HolderError> {
         let mut inner = self.lock();
         let stored = inner.stored.remove(volume);
-        if self.connected(&mut inner)?
-            && let Some(client) = &inner.client
-            && let Some(held) = client.get(volume)?
-        {
-            return Ok(Some(held));
+        let held = match (self.connected(&mut inner)?, &inner.client) {
+            (true, Some(client)) => client.get(volume),
+            (_, None) | (false, _) => Ok(None),
+        };
+        match held {
+            Ok(Some(held)) => return Ok(Some(held)),
+            Ok(None) => {}
+            Err(error) => {
+                // An answer that still comes would be taken for that of the next question.
+                inner.client = None;
+                return Err(error);
+            }
         }
         Ok(stored.filter(|descriptor| duplex_frontend::fuse::connection_is_alive(descriptor.as_fd())))
     }
