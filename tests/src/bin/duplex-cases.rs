@@ -59,7 +59,7 @@ fn main() -> ExitCode {
         return ExitCode::from(2);
     }
     let names = if cli.names.is_empty() {
-        cases::WANTED.iter().map(|name| (*name).to_owned()).collect()
+        cases::WANTED.iter().chain(cases::CLIENTS).map(|name| (*name).to_owned()).collect()
     } else {
         cli.names
     };

@@ -44,6 +44,21 @@ enum Part {
         #[arg(long, default_value_t = 16)]
         depth: u32,
     },
+    /// Works on files, each step synced, until it is ended; or checks what is left of such work after a crash
+    Files {
+        /// Where the files are, a directory of its own
+        #[arg(long)]
+        directory: PathBuf,
+        /// What was begun and synced; outside of that file system
+        #[arg(long)]
+        journal: PathBuf,
+        /// Which random work
+        #[arg(long, default_value_t = 1)]
+        seed: u64,
+        /// Only check, and print how many files there are
+        #[arg(long)]
+        check: bool,
+    },
 }
 
 fn main() -> ExitCode {
@@ -52,6 +67,9 @@ fn main() -> ExitCode {
         Part::Host { boot_id } => lab::host::outer(&boot_id),
         Part::Init { boot_id } => lab::host::init(&boot_id),
         Part::Holder { device, depth } => lab::ringload::run(&device, depth),
+        Part::Files { directory, journal, seed, check } => {
+            lab::filework::run(&directory, &journal, check, seed)
+        }
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

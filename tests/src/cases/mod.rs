@@ -1,6 +1,7 @@
 //! The acceptance cases: each is one fault or one operator's action on a real pair, and what must then be seen.
 //! Each has a sabotage that breaks its subject; sabotaged, it must fail.
 
+mod clients;
 mod disks;
 mod failover;
 mod first;
@@ -36,8 +37,16 @@ pub struct Case {
 
 /// Every case there is.
 pub fn all() -> Vec<Case> {
-    [first::CASES, failover::CASES, resync::CASES, planned::CASES, disks::CASES, security::CASES, run::CASES]
-        .concat()
+    let listed = [
+        first::CASES,
+        failover::CASES,
+        resync::CASES,
+        planned::CASES,
+        disks::CASES,
+        security::CASES,
+        run::CASES,
+    ];
+    [listed.concat(), clients::all()].concat()
 }
 
 /// Names of the acceptance list that this version must pass; one without a case is printed as `missing`.
@@ -46,6 +55,10 @@ pub const WANTED: &[&str] = &[
     "SFT3-S3c", "SFT3-R3", "SFT3-R4", "SFT3-O4", "RDR-1", "RDR-2", "DISK-1", "DISK-2", "DISK-4", "DISK-5",
     "DISK-6", "SEC-1", "SEC-3", "SEC-4", "SEC-5", "RUN-1", "RUN-4",
 ];
+
+/// Cases beside the acceptance list: programs that others wrote, on a real pair.
+pub const CLIENTS: &[&str] =
+    &["CLIENT-1", "CLIENT-2", "CLIENT-3", "CLIENT-4", "CLIENT-5", "CLIENT-6", "CLIENT-7"];
 
 /// Where a case plays.
 #[derive(Debug, Default)]
@@ -239,11 +252,11 @@ mod tests {
     #[test]
     fn every_wanted_case_is_there_once_with_a_named_sabotage() {
         let all = all();
-        for name in WANTED {
+        for name in WANTED.iter().chain(CLIENTS) {
             let found: Vec<&Case> = all.iter().filter(|case| case.name == *name).collect();
             assert_eq!(found.len(), 1, "{name}");
             assert!(!found[0].sabotage.is_empty());
         }
-        assert_eq!(all.len(), WANTED.len());
+        assert_eq!(all.len(), WANTED.len() + CLIENTS.len());
     }
 }

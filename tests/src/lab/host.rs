@@ -209,9 +209,13 @@ impl Host {
 
 /// The outer side: makes the namespaces, starts the init in them, ends when the init has ended.
 pub fn outer(boot_id: &Path) -> Result<()> {
-    let flags = rustix::thread::UnshareFlags::NEWPID | rustix::thread::UnshareFlags::NEWNS;
+    // Shared memory of its own, too: a database's dies with its server.
+    let flags = rustix::thread::UnshareFlags::NEWPID
+        | rustix::thread::UnshareFlags::NEWNS
+        | rustix::thread::UnshareFlags::NEWIPC;
     // SAFETY: this process has a single thread and shares neither mounts nor children with anyone that relies on it.
-    unsafe { rustix::thread::unshare_unsafe(flags) }.context("unshare(CLONE_NEWPID | CLONE_NEWNS)")?;
+    unsafe { rustix::thread::unshare_unsafe(flags) }
+        .context("unshare(CLONE_NEWPID | CLONE_NEWNS | CLONE_NEWIPC)")?;
     let mut init =
         Command::new(std::env::current_exe()?).arg("init").arg("--boot-id").arg(boot_id).spawn()?;
     say(&Report::Up { outer_pid: init.id() })?;
@@ -251,6 +255,10 @@ fn arrange_mounts(boot_id: &Path) -> Result<()> {
         }
     }
     mount("proc", "/proc", "proc", MountFlags::empty(), None).context("/proc of the server")?;
+    if Path::new("/dev/shm").is_dir() {
+        mount("tmpfs", "/dev/shm", "tmpfs", MountFlags::empty(), Some(c"mode=1777"))
+            .context("/dev/shm of the server")?;
+    }
     mount_bind(boot_id, BOOT_ID).context("the server's boot id")
 }
 

@@ -106,17 +106,28 @@ impl LoopDevice {
     /// Waits until nobody holds the device exclusively any more (a killed process' io_uring holds it until its last
     /// operation has ended), and gives how long that took.
     pub fn wait_released(&self, limit: Duration) -> Result<Duration> {
-        let start = std::time::Instant::now();
-        wait::until(&format!("{} to be released", self.path.display()), limit, || {
-            let open = OpenOptions::new().read(true).write(true).custom_flags(libc::O_EXCL).open(&self.path);
-            match open {
-                Ok(_) => Ok(Some(())),
-                Err(error) if error.raw_os_error() == Some(libc::EBUSY) => Ok(None),
-                Err(error) => Err(error).with_context(|| format!("{} cannot be opened", self.path.display())),
-            }
-        })?;
-        Ok(start.elapsed())
+        wait_released(&self.path, limit)
     }
+}
+
+/// The same for any loop device.
+pub fn wait_released(path: &Path, limit: Duration) -> Result<Duration> {
+    let start = std::time::Instant::now();
+    wait::until(&format!("{} to be released", path.display()), limit, || {
+        let open = OpenOptions::new().read(true).write(true).custom_flags(libc::O_EXCL).open(path);
+        match open {
+            Ok(_) => Ok(Some(())),
+            Err(error) if error.raw_os_error() == Some(libc::EBUSY) => Ok(None),
+            Err(error) => Err(error).with_context(|| format!("{} cannot be opened", path.display())),
+        }
+    })?;
+    Ok(start.elapsed())
+}
+
+/// Whether the loop device has a file.
+pub fn is_attached(path: &Path) -> bool {
+    let name = path.file_name().unwrap_or_default();
+    Path::new("/sys/block").join(name).join("loop/backing_file").exists()
 }
 
 impl Drop for LoopDevice {

@@ -5,17 +5,21 @@
 
 pub mod copies;
 pub mod disk;
+pub mod filesystem;
+pub mod filework;
 pub mod history;
 pub mod host;
 pub mod loopdev;
 pub mod nbd;
 pub mod netns;
 pub mod pair;
+pub mod postgres;
 pub mod relay;
 pub mod ringload;
 pub mod seed;
 pub mod server;
 pub mod space;
+pub mod system;
 pub mod wait;
 pub mod writer;
 

@@ -1,6 +1,6 @@
 //! The system programs that tests and the demo call, and the Debian package each comes from.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
@@ -34,6 +34,7 @@ pub(crate) const LAB: &[Need] = &[
     need("nft", "nftables"),
     need("mkfs.ext4", "e2fsprogs"),
     need("fsck.ext4", "e2fsprogs"),
+    need("e2fsck", "e2fsprogs"),
     need("mkfs.xfs", "xfsprogs"),
     need("xfs_repair", "xfsprogs"),
     need("mkfs.btrfs", "btrfs-progs"),
@@ -48,7 +49,16 @@ pub(crate) const LAB: &[Need] = &[
     need("qemu-nbd", "qemu-utils"),
     need("qemu-img", "qemu-utils"),
     need("qemu-io", "qemu-utils"),
+    need("postgres", POSTGRESQL),
+    need("pgbench", POSTGRESQL),
+    need("pg_amcheck", POSTGRESQL),
 ];
+
+const POSTGRESQL: &str = "postgresql";
+/// Debian puts each version's programs in a directory of their own.
+const POSTGRESQL_VERSIONS: &str = "/usr/lib/postgresql";
+/// Settings of the cluster that Debian's package makes and starts when it is installed.
+const POSTGRESQL_CLUSTERS: &str = "/etc/postgresql-common/createcluster.d";
 
 /// What the benchmarks call.
 pub(crate) const BENCH: &[Need] =
@@ -61,9 +71,11 @@ pub(crate) fn missing(needs: &[Need]) -> Vec<Need> {
 
 fn present(program: &str) -> bool {
     let path = std::env::var("PATH").unwrap_or_default();
+    let versions = std::fs::read_dir(POSTGRESQL_VERSIONS).into_iter().flatten().flatten();
     path.split(':')
         .chain(["/usr/sbin", "/sbin", "/usr/local/sbin"])
         .any(|directory| Path::new(directory).join(program).is_file())
+        || versions.map(|version| version.path().join("bin").join(program)).any(|path| path.is_file())
 }
 
 /// Whether this process may install packages, mount and make namespaces.
@@ -91,12 +103,43 @@ pub(crate) fn require(needs: &[Need]) -> Result<()> {
     apt(&["update", "-q"])?;
     let mut words = vec!["install", "-y", "-q", "--no-install-recommends"];
     words.extend(names.iter().copied());
-    apt(&words)?;
+    let no_cluster = names.contains(&POSTGRESQL).then(NoCluster::begin).transpose()?;
+    let installed = apt(&words);
+    drop(no_cluster);
+    installed?;
     let still = missing(needs);
     if still.is_empty() {
         return Ok(());
     }
     bail!("still missing after the installation: {}", package_names(&still).join(" "))
+}
+
+/// While it lives, an installation of PostgreSQL makes no database and starts no server: the tests want the programs.
+struct NoCluster {
+    file: PathBuf,
+    made_directory: bool,
+}
+
+impl NoCluster {
+    fn begin() -> Result<NoCluster> {
+        let directory = Path::new(POSTGRESQL_CLUSTERS);
+        let made_directory = !directory.is_dir();
+        std::fs::create_dir_all(directory)?;
+        let file = directory.join("duplex-tests.conf");
+        std::fs::write(&file, "create_main_cluster = false\n")
+            .with_context(|| format!("{} cannot be written", file.display()))?;
+        Ok(NoCluster { file, made_directory })
+    }
+}
+
+impl Drop for NoCluster {
+    fn drop(&mut self) {
+        // What cannot be removed is harmless, and the next installation tries again.
+        let _ = std::fs::remove_file(&self.file);
+        if self.made_directory {
+            let _ = std::fs::remove_dir(POSTGRESQL_CLUSTERS);
+        }
+    }
 }
 
 fn package_names(needs: &[Need]) -> Vec<&'static str> {
