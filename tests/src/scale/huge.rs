@@ -47,15 +47,24 @@ fn play(pair: &mut Pair) -> Result<()> {
     ensure!(nbd.size_bytes() == VOLUME_BYTES, "the volume has {} bytes", nbd.size_bytes());
     written.scatter(&mut nbd, &mut seed, WRITES / 4, 32)?;
     pair.beta.start_daemon()?;
-    step("first copy", || {
+    step("first copy, its begin under writes", || {
+        pair.alpha.wait_status("the first copy to begin", |status| {
+            status["state"] == "mirrored" || status["volumes"][0]["resync"].is_object()
+        })?;
         let longest = write_meanwhile(&mut nbd, &mut seed, &mut written)?;
         println!("  longest wait of a client's write in the first copy: {} ms", longest.as_millis());
+        Ok(())
+    })?;
+    drop(nbd);
+    step("first copy, after a crash in it", || {
+        crash_in_copy(pair)?;
         pair.alpha.wait("mirrored", LONG)?;
         pair.beta.wait("mirrored", LONG)
     })?;
     judge_memory("after the first copy", &[&pair.alpha, &pair.beta], MEMORY_BOUND_BYTES)?;
     judge_disk(pair, "copied")?;
     equal(pair)?;
+    let mut nbd = Nbd::unix(&pair.alpha.nbd(), VOLUME, PATIENCE)?;
     step("1,000 writes mirrored", || written.scatter(&mut nbd, &mut seed, WRITES, 32))?;
     pair.beta.kill()?;
     pair.alpha.wait("alone", LIMIT)?;
@@ -95,6 +104,30 @@ fn write_meanwhile(nbd: &mut Nbd, seed: &mut Seed, written: &mut Written) -> Res
         longest = longest.max(start.elapsed());
     }
     Ok(longest)
+}
+
+/// Kills the source when some of the copy is durable: it goes on there, not from the start.
+fn crash_in_copy(pair: &mut Pair) -> Result<()> {
+    let all = VOLUME_BYTES / 4096;
+    let before = pair.alpha.wait_status("a part of the copy is proven, or it ended", |status| {
+        let left = status["volumes"][0]["resync"]["left_bytes"].as_u64();
+        status["state"] == "mirrored" || left.is_some_and(|left| left / 4096 < all - all / 64)
+    })?;
+    if before["state"] == "mirrored" {
+        // A busy machine: the copy ended between two looks.
+        println!("  the copy was too quick to be interrupted");
+        return Ok(());
+    }
+    pair.alpha.kill()?;
+    pair.alpha.boot(false)?;
+    pair.alpha.start_daemon()?;
+    pair.alpha.wait("role=primary", LIMIT)?;
+    let recovered = pair.alpha.event("recovered")?;
+    let text = recovered["text"].as_str().unwrap_or_default();
+    println!("  killed with {} blocks left; {text}", before["volumes"][0]["dirty_blocks"]);
+    let left = text.split_whitespace().nth(1).and_then(|word| word.parse::<u64>().ok());
+    ensure!(left.is_some_and(|left| left > 0 && left < all), "the copy begins anew: {text}");
+    Ok(())
 }
 
 fn equal(pair: &Pair) -> Result<()> {
