@@ -17,14 +17,14 @@ pub(super) const CASES: &[Case] = &[
         sabotage: "the cable is pulled before the primary's host is killed, so that an old copy is promoted",
         run: database_over_a_kill,
         ends_mirrored: true,
-        limit_s: 900,
+        limit_s: 300,
     },
     Case {
         name: "CLIENT-2",
         sabotage: "the other server's disk answers flushes without carrying them out, and loses power too",
         run: database_over_power_cuts,
         ends_mirrored: true,
-        limit_s: 900,
+        limit_s: 300,
     },
     Case {
         name: "CLIENT-3",

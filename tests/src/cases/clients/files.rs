@@ -18,14 +18,14 @@ pub(super) const CASES: &[Case] = &[
         sabotage: "the cable is pulled before the primary's host is killed, so that an old copy is promoted",
         run: ext4_over_kills,
         ends_mirrored: true,
-        limit_s: 900,
+        limit_s: 300,
     },
     Case {
         name: "CLIENT-5",
         sabotage: "both servers' disks answer flushes without carrying them out",
         run: xfs_over_kills,
         ends_mirrored: true,
-        limit_s: 900,
+        limit_s: 300,
     },
 ];
 

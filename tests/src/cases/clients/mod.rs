@@ -12,10 +12,17 @@ use crate::lab::disk::Loss;
 use crate::lab::pair::{LIMIT, field};
 use crate::lab::{Pair, Seed, Server};
 
-/// Every case here.
+/// Every case here; more rounds may take longer.
 pub(super) fn all() -> Vec<Case> {
-    [database::CASES, files::CASES, blocks::CASES].concat()
+    let mut cases = [database::CASES, files::CASES, blocks::CASES].concat();
+    for case in &mut cases {
+        case.limit_s = case.limit_s.max(ROUND_LIMIT_S * rounds(0));
+    }
+    cases
 }
+
+/// A round that takes longer on average has failed.
+const ROUND_LIMIT_S: u64 = 60;
 
 /// How a primary ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
