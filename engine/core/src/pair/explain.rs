@@ -1,6 +1,7 @@
 //! What the two servers would do with each other, before anything happens.
 
 use super::server::Server;
+use super::session::Phase;
 use crate::ids::VolumeIndex;
 use crate::mirror::api::CopyPlan;
 use crate::resync::decide::Outcome;
@@ -35,11 +36,15 @@ pub struct Explained {
 }
 
 impl Server {
-    /// By the hellos of the present session; `None` while there are none.
+    /// By the hellos of the present session, as long as it is not in step; `None` while there are none.
     pub fn explain(&self, index: VolumeIndex) -> Option<Explained> {
         let session = self.session.as_ref()?;
         let (mine, theirs) = (session.sent.as_ref()?, session.peer_hello.as_ref()?);
         let at = usize::from(index.0);
+        if session.phase == Phase::Mirrored {
+            let rule = "in-step".to_owned();
+            return Some(Explained { rule, direction: Direction::None, full: false, peer_dirty_blocks: 0 });
+        }
         let decision = decide_pair(mine, theirs).volumes.into_iter().nth(at)?;
         let peer_dirty_blocks = theirs.volumes.get(at).map_or(0, |v| v.dirty_blocks);
         let (direction, full) = match decision.outcome {

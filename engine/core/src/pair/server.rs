@@ -83,6 +83,8 @@ pub struct Server {
     pub(super) actions: VecDeque<Action>,
     pub(super) volumes: Vec<VolumeState>,
     pub(super) loaded: bool,
+    /// The disks were read once: the record is what this process knows.
+    pub(super) was_loaded: bool,
     pub(super) record: ServerRecord,
     pub(super) serving: Serving,
     pub(super) session: Option<Session>,
@@ -132,6 +134,7 @@ impl Server {
             actions: VecDeque::new(),
             volumes: vec![VolumeState::default(); count],
             loaded: false,
+            was_loaded: false,
             record,
             serving: Serving::No,
             session: None,
@@ -515,9 +518,12 @@ impl Server {
             .map(|f| &f.server)
             .max_by_key(|record| record.order())
             .cloned();
-        if let Some(record) = newest {
+        // A disk that was put in while this process runs may know less than the process does.
+        if let Some(record) = newest.filter(|record| record.order() > self.record.order() || !self.was_loaded)
+        {
             self.record = record;
         }
+        self.was_loaded = true;
         self.loaded = true;
         let dirty: u64 = self.volumes.iter().filter_map(|v| v.facts.as_ref()).map(|f| f.dirty_blocks).sum();
         let replayed: u64 =

@@ -10,6 +10,7 @@ use duplex_core::pair::api::{Action, Input};
 use duplex_core::time::Instant;
 
 use super::run::Daemon;
+use crate::config::Config;
 use crate::control::api::{Answer, Direction, Explanation};
 use crate::volume::VolumeCommand;
 
@@ -102,7 +103,32 @@ impl Daemon {
             let text = "the volume's copy is in use and not failed; `duplex detach` it first";
             return Answer::refused("not-detached", text);
         }
+        if let Err(answer) = self.read_backing_again(usize::from(index.0)).await {
+            return answer;
+        }
         self.reopen(index).await
+    }
+
+    /// A new disk may have a new path: the configuration says where it is now. Everything else in the file
+    /// counts at the next start.
+    async fn read_backing_again(&mut self, at: usize) -> Result<(), Answer> {
+        let file = self.config.file.clone();
+        let me = self.config.my_server().name.0.clone();
+        let read = tokio::task::spawn_blocking(move || Config::load(&file, Some(&me))).await;
+        let fresh = match read {
+            Ok(Ok(fresh)) => fresh,
+            Ok(Err(problems)) => return Err(Answer::refused("configuration", problems.to_string())),
+            Err(error) => return Err(Answer::Failed { text: error.to_string() }),
+        };
+        let name = &self.config.volumes[at].name;
+        let Some(volume) = fresh.volumes.into_iter().find(|volume| volume.name == *name) else {
+            let text = format!("{} no longer has a volume {name}", fresh.file.display());
+            return Err(Answer::refused("configuration", text));
+        };
+        let mine = &mut self.config.volumes[at];
+        mine.backing = volume.backing;
+        mine.metadata = volume.metadata;
+        Ok(())
     }
 
     /// What would be copied where, by which rule, and what would be lost.
@@ -125,7 +151,10 @@ impl Daemon {
         let mine = snapshot.dirty_blocks * block_bytes;
         match self.server.explain(index) {
             Some(known) => {
-                let copy_bytes = if known.full {
+                let in_step = known.direction == duplex_core::pair::Direction::None;
+                let copy_bytes = if in_step {
+                    0
+                } else if known.full {
                     snapshot.copy.as_ref().map_or(0, |c| c.size_bytes)
                 } else {
                     (snapshot.dirty_blocks + known.peer_dirty_blocks) * block_bytes
