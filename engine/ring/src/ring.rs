@@ -28,6 +28,9 @@ const DROP_CANCEL_TIMEOUT: Timespec = Timespec::new().sec(1);
 /// A prompt operation that is not prompt holds a turn up by at most this.
 const PROMPT_WAIT_US: u32 = 1000;
 
+/// A turn that [gathers](Ring::gather) goes on with what there is after this.
+const GATHER_WAIT_US: u32 = 60;
+
 /// `struct __kernel_timespec`.
 #[repr(C)]
 struct KernelTimespec {
@@ -57,6 +60,8 @@ pub struct Ring {
     enters: u64,
     /// Prompt operations queued since the last enter.
     prompt: u32,
+    /// Completions the next waiting enter waits for beyond the first.
+    gather: u32,
     /// The kernel waits for several completions for a while, and then for one.
     waits_for_several: bool,
     completions_lost: u32,
@@ -91,6 +96,7 @@ impl Ring {
             enabled: false,
             enters: 0,
             prompt: 0,
+            gather: 0,
             waits_for_several,
             completions_lost: 0,
         })
@@ -117,6 +123,13 @@ impl Ring {
         self.prompt = self.prompt.saturating_add(1);
         // SAFETY: the caller's, the same.
         unsafe { self.push(entry, token) };
+    }
+
+    /// The next waiting [`turn`](Ring::turn) waits for so many completions beyond the first, at most 60 us in all: what
+    /// ends soon anyway is then taken in together, by one wake. Only where
+    /// [several can be waited for](Ring::waits_for_several).
+    pub const fn gather(&mut self, more: u32) {
+        self.gather = more;
     }
 
     /// Asks the kernel to cancel every operation pushed under `token`. Its completion comes as usual (with
@@ -254,16 +267,18 @@ impl Ring {
 
     fn enter(&mut self, to_submit: u32, wait: Option<Duration>) -> Result<(), Errno> {
         self.enters += 1;
-        let prompt = if self.waits_for_several { std::mem::take(&mut self.prompt) } else { 0 };
+        let (prompt, gather) = (std::mem::take(&mut self.prompt), std::mem::take(&mut self.gather));
+        let several = if self.waits_for_several { 1 + prompt.saturating_add(gather) } else { 1 };
         let (min_complete, limit) = match wait {
             Some(Duration::ZERO) => (0, None),
-            Some(time) => (1 + prompt, Some(kernel_timespec(time))),
-            None => (1 + prompt, None),
+            Some(time) => (several, Some(kernel_timespec(time))),
+            None => (several, None),
         };
+        let first_wait_us = if gather > 0 { GATHER_WAIT_US } else { PROMPT_WAIT_US };
         let argument = GetEventsArg {
             sigmask: 0,
             sigmask_size: 0,
-            min_wait_usec: if min_complete > 1 { PROMPT_WAIT_US } else { 0 },
+            min_wait_usec: if min_complete > 1 { first_wait_us } else { 0 },
             timespec: limit.as_ref().map_or(0, |limit| ptr::from_ref(limit) as u64),
         };
         // GETEVENTS even without waiting: deferred task work runs only then.

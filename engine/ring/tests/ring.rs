@@ -227,3 +227,38 @@ fn a_prompt_operation_that_hangs_keeps_no_other_completion_back() {
     drop(ring);
     assert_eq!(*byte, 0);
 }
+
+#[test]
+fn a_turn_that_gathers_takes_in_what_ends_soon() {
+    let mut ring = Ring::new(64).unwrap();
+    if !ring.waits_for_several() {
+        println!("SKIPPED: this kernel waits for one completion only (before 6.12)");
+        return;
+    }
+    let soon = io_uring::types::Timespec::new().nsec(20_000);
+    push_nop(&mut ring, 1);
+    // SAFETY: the time outlives the turn that ends the timeout.
+    unsafe { ring.push(opcode::Timeout::new(&raw const soon).build(), Token::new(MINE, 1, 2)) };
+    ring.gather(1);
+    let mut out = Vec::new();
+    ring.turn(None, &mut out).unwrap();
+    let indexes: Vec<u32> = out.iter().map(|completion| completion.token.index).collect();
+    assert_eq!((indexes, ring.enters()), (vec![1, 2], 1));
+}
+
+#[test]
+fn what_is_gathered_in_vain_keeps_no_completion_back() {
+    let (reader, _writer) = pipe_with(PipeFlags::CLOEXEC).unwrap();
+    let mut byte = Box::new(0_u8);
+    let mut ring = Ring::new(64).unwrap();
+    let read = opcode::Read::new(Fd(reader.as_raw_fd()), &mut *byte, 1).build();
+    // SAFETY: the box outlives the ring, whose drop cancels the read.
+    unsafe { ring.push(read, Token::new(MINE, 1, 1)) };
+    push_nop(&mut ring, 2);
+    ring.gather(3);
+    let mut out = Vec::new();
+    ring.turn(None, &mut out).unwrap();
+    assert_eq!(out.iter().map(|completion| completion.token.index).collect::<Vec<_>>(), [2]);
+    drop(ring);
+    assert_eq!(*byte, 0);
+}

@@ -32,6 +32,12 @@ const WINDOW_BYTES: u64 = 64 << 20;
 const TURN_AT_LEAST: Duration = Duration::from_millis(200);
 /// The status page is this old at most while something happens.
 const SNAPSHOT_EVERY: Duration = Duration::from_millis(100);
+/// With this many operations on the disk a turn gathers completions: one for every four, and so many at most. Fewer
+/// than that are answered one by one, for latency. Measured at depth 32: half the processor time for a write, the same
+/// number of writes.
+const GATHER_FROM: usize = 8;
+const GATHER_EACH: usize = 4;
+const GATHER_MAX: usize = 16;
 /// While requests wait for a lease nobody wakes the thread for, it looks this often.
 const LEASE_LOOK: Duration = Duration::from_millis(20);
 
@@ -97,6 +103,8 @@ struct VolumeLoop {
     client_events: Vec<FrontendEvent>,
     channel_events: Vec<ChannelEvent>,
     now: Instant,
+    /// When a component next wants to be told the time, as of the last turn.
+    due: Instant,
     snapshot_at: Instant,
     stopping: Option<Instant>,
 }
@@ -144,6 +152,7 @@ pub fn spawn(settings: Settings, placed: Placed) -> Result<(VolumeHandle, JoinHa
             client_events: Vec::new(),
             channel_events: Vec::new(),
             now: clock::now(),
+            due: Instant::default(),
             snapshot_at: Instant::default(),
             stopping: None,
         }
@@ -169,13 +178,12 @@ impl VolumeLoop {
             }
             self.publish();
             let wait = self.wait_for();
+            self.gather();
             let mut completions = std::mem::take(&mut self.completions);
             if let Err(error) = self.ring.turn(Some(wait), &mut completions) {
                 self.tell(VolumeEvent::Trouble(format!("volume {}: {error}", self.settings.name)));
                 break;
             }
-            self.now = clock::now();
-            self.feed_lease();
             for completion in completions.drain(..) {
                 self.dispatch(completion);
             }
@@ -190,14 +198,20 @@ impl VolumeLoop {
         let _ = self.settings.events.blocking_send((self.settings.index, event));
     }
 
-    fn wait_for(&self) -> Duration {
+    fn wait_for(&mut self) -> Duration {
         let deadlines = [self.core.next_deadline(), self.frontends.deadline()];
-        let until = deadlines.into_iter().flatten().min().unwrap_or(Instant::NEVER);
-        let mut wait = until.since(self.now).min(TURN_AT_LEAST);
+        self.due = deadlines.into_iter().flatten().min().unwrap_or(Instant::NEVER);
+        let mut wait = self.due.since(self.now).min(TURN_AT_LEAST);
         if self.core.waits_for_lease() {
             wait = wait.min(LEASE_LOOK);
         }
         wait
+    }
+
+    fn gather(&mut self) {
+        let on_disk = self.store.in_flight();
+        let more = if on_disk < GATHER_FROM { 0 } else { (on_disk / GATHER_EACH).min(GATHER_MAX) };
+        self.ring.gather(u32::try_from(more).unwrap_or(0));
     }
 
     fn feed_lease(&mut self) {
@@ -208,6 +222,9 @@ impl VolumeLoop {
 
     fn feed_time(&mut self) {
         self.feed_lease();
+        if self.now < self.due {
+            return;
+        }
         if self.core.next_deadline().is_some_and(|at| at <= self.now) {
             self.core.handle(self.now, Input::Time);
         }
