@@ -72,6 +72,8 @@ pub struct NbdServer {
     listeners: Vec<Listener>,
     connections: Vec<Option<Box<Connection>>>,
     connection_count: usize,
+    /// Every connection's place lies before this one: most have one client, and every turn looks at each place.
+    connections_end: usize,
     slots: Slots,
     allocation: Option<Box<dyn AllocationSource + Send>>,
     extents: Vec<AllocationExtent>,
@@ -113,6 +115,7 @@ impl NbdServer {
             listeners: listeners.collect(),
             connections: (0..connections_max).map(|_| None).collect(),
             connection_count: 0,
+            connections_end: 0,
             slots: Slots::new(config.requests_max),
             config,
             allocation: None,
@@ -231,7 +234,7 @@ impl NbdServer {
     /// Sends what waits: one message per connection.
     pub fn flush(&mut self, ring: &mut Ring, arena: &mut Arena) {
         let refusing = self.state != ServerState::Serving;
-        for connection in self.connections.iter_mut().flatten() {
+        for connection in self.connections[..self.connections_end].iter_mut().flatten() {
             let how = (self.owner, self.config.direct_send);
             let mut moved = connection.send(how, &mut self.slots, arena, ring);
             moved |= match connection.blocked {
@@ -254,7 +257,8 @@ impl NbdServer {
     /// When [`on_time`](Self::on_time) is to be called next.
     pub fn deadline(&self) -> Option<Instant> {
         let refusing = self.state != ServerState::Serving;
-        let connections = self.connections.iter().flatten().filter_map(|connection| {
+        let connections = self.connections[..self.connections_end].iter().flatten();
+        let connections = connections.filter_map(|connection| {
             let timeout = connection.timeout(refusing, &self.config)?;
             Some(connection.since.map_or(Instant(0), |since| since + timeout))
         });
@@ -416,6 +420,7 @@ impl NbdServer {
         connection.arm_receive(self.owner, &self.slots, arena, ring);
         self.connections[index] = Some(connection);
         self.connection_count += 1;
+        self.connections_end = self.connections_end.max(index + 1);
     }
 
     fn on_received(
@@ -492,6 +497,7 @@ impl NbdServer {
             out.push(FrontendEvent::ClientClosed);
         }
         self.connection_count -= 1;
+        self.connections_end = self.connections.iter().rposition(Option::is_some).map_or(0, |last| last + 1);
         if self.spare_rx.len() < SPARE_RX_MAX {
             self.spare_rx.push(connection.into_rx());
         }
