@@ -29,7 +29,7 @@ const TICK: Duration = Duration::from_millis(20);
 /// For the answer to a proposed session.
 const PROPOSAL_TIMEOUT: Duration = Duration::from_secs(1);
 /// A session that lived so long was a good one: the next pause is short again.
-const GOOD_AFTER: Duration = Duration::from_secs(5);
+const GOOD_AFTER: Duration = Duration::from_secs(1);
 /// Data connections being dialled at once.
 const DIALS_MAX: usize = 4;
 
