@@ -52,6 +52,7 @@ pub(crate) const LAB: &[Need] = &[
     need("postgres", POSTGRESQL),
     need("pgbench", POSTGRESQL),
     need("pg_amcheck", POSTGRESQL),
+    need("strace", "strace"),
 ];
 
 const POSTGRESQL: &str = "postgresql";
