@@ -87,9 +87,28 @@ fn f8_a_mirrored_flush_completes_when_both_copies_are_flushed() {
 fn alone_a_write_is_marked_and_completes_by_the_own_disk() {
     let mut rig = Rig::alone();
     assert_eq!(rig.write(1, 0), ["log"]);
-    assert_eq!(rig.ends("log"), ["write 0+4096"]);
+    // The server machine learns of the first mark, and needs no word of the next ones.
+    assert_eq!(rig.ends("log"), ["write 0+4096", "report Dirty"]);
     assert_eq!(rig.ends("write 0+4096"), ["complete 1"]);
     assert_eq!(rig.volume.dirty_blocks(), 1);
+    assert_eq!(rig.write(2, 1), ["write 4096+4096"]);
+}
+
+#[test]
+fn what_is_marked_is_told_when_asked() {
+    let mut rig = Rig::mirrored();
+    assert_eq!(rig.order(Order::TellMarks { tag: 7 }), ["report Dirty", "report Drained"]);
+}
+
+#[test]
+fn a_lone_copy_whose_log_fails_ends_what_waits_for_it() {
+    let mut rig = Rig::alone();
+    assert_eq!(rig.write(1, 0), ["log"]);
+    let ended = |told: &[String], id: u32| told.iter().any(|word| word.starts_with(&format!("refuse {id}")));
+    let told = rig.fails("log", 5);
+    assert!(ended(&told, 1), "nobody else can answer: {told:?}");
+    let told = rig.write(2, 1);
+    assert!(ended(&told, 2), "{told:?}");
 }
 
 #[test]

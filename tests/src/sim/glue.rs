@@ -164,7 +164,8 @@ impl World {
                 | Order::Fail { .. }
                 | Order::Record { .. }
                 | Order::Join { .. }
-                | Order::Pace(_) => {}
+                | Order::Pace(_)
+                | Order::TellMarks { .. } => {}
             }
         }
         if let Order::Join { part: Part::Source(plan), resume, .. } = &order {
@@ -509,6 +510,7 @@ impl World {
             | Order::Drain { .. }
             | Order::Close
             | Order::Pace(_)
+            | Order::TellMarks { .. }
             | Order::Fail { .. } => {}
         }
     }

@@ -180,6 +180,17 @@ pub enum Priority {
     High,
 }
 
+impl Priority {
+    /// The operator's word.
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Low => "low",
+            Self::Normal => "normal",
+            Self::High => "high",
+        }
+    }
+}
+
 /// What the server machine orders.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Order {
@@ -237,6 +248,11 @@ pub enum Order {
         /// era = pair.
         server: ServerRecord,
     },
+    /// Say how many blocks are marked now: [`Report::Dirty`], then [`Report::Drained`] with the tag.
+    TellMarks {
+        /// Comes back.
+        tag: u64,
+    },
     /// Resync pace.
     Pace(Pace),
     /// The local copy is detached by the operator: as if it had failed.
@@ -286,12 +302,12 @@ pub enum Report {
         /// The copy as it is now on disk.
         copy: Box<CopyRecord>,
     },
-    /// Blocks marked: told when the map becomes empty or stops being empty.
+    /// Blocks marked: told when asked, and outside a session when the first one is marked or the last one goes.
     Dirty {
         /// How many.
         blocks: u64,
     },
-    /// Drained, or frozen.
+    /// Drained, or frozen, or told.
     Drained {
         /// Of the order.
         tag: u64,

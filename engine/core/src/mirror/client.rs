@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 
 use super::api::{Exposure, ServeMode};
+use super::flush::PEER_FLUSH;
 use super::front::Forwarded;
 use super::lock::Access;
 use super::volume::{DiskPurpose, Holder, Serve, Volume};
@@ -219,8 +220,10 @@ impl Volume {
             }
             RequestOp::Write { .. } | RequestOp::Zero { .. } => {
                 op.stage = Stage::Log;
-                op.logged = LOGGED;
                 let range = op.range;
+                if self.has_nobody_left() {
+                    return self.end_client(slot, Err(RequestError::Io));
+                }
                 let begin = |log: &mut DirtyLog| log.begin(Ticket(u64::from(slot)), range);
                 let ready = !LOGGED || self.log.as_mut().is_some_and(begin);
                 if ready {
@@ -230,6 +233,25 @@ impl Volume {
                 }
             }
             RequestOp::Flush => {}
+        }
+    }
+
+    /// The log failed while this copy served alone: nothing can be marked any more, and there is no peer to ask.
+    fn has_nobody_left(&self) -> bool {
+        let log_failed = self.log.as_ref().is_some_and(|log| log.failed().is_some());
+        log_failed && self.serve == Serve::Open(ServeMode::Alone)
+    }
+
+    /// What waits for a failed log with nobody beside it ends with an error, and does not wait for ever.
+    pub(super) fn fail_waiting(&mut self) {
+        if !self.has_nobody_left() {
+            return;
+        }
+        let waiting = |(_, op): &(u32, &ClientOp)| op.stage == Stage::Log;
+        let slots: Vec<u32> = self.clients.iter().filter(waiting).map(|(slot, _)| slot).collect();
+        for slot in slots {
+            self.clients.waiting_for_log = self.clients.waiting_for_log.saturating_sub(1);
+            self.end_client(slot, Err(RequestError::Io));
         }
     }
 
@@ -255,7 +277,7 @@ impl Volume {
             return;
         };
         op.stage = Stage::Running;
-        op.logged = true;
+        op.logged = LOGGED;
         op.seq = seq;
         op.local = Leg::Pending;
         op.remote = match (replicate, alone) {
@@ -319,12 +341,12 @@ impl Volume {
         op.local = Leg::Pending;
         op.mark = mark.map(|mark| (mark, proven));
         op.remote = match (replicate, mirrored) {
-            (true, _) => Leg::Pending,
+            (true, _) => PEER_FLUSH,
             (false, true) => Leg::Lost,
             (false, false) => Leg::None,
         };
         self.disk(DiskPurpose::Client(slot), DiskOpKind::Flush);
-        if replicate {
+        if replicate && PEER_FLUSH == Leg::Pending {
             self.replicate(slot);
         }
     }

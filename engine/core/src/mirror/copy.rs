@@ -18,8 +18,10 @@ use crate::time::Instant;
 const CLIENT_RECENT: Duration = Duration::from_millis(20);
 /// Chunks in flight while clients work: the floor that makes the resync end.
 const YIELD_CHUNKS: usize = 2;
-/// Copied marks are cleared by a flush of both copies at least this often.
+/// Copied marks are cleared by a flush of both copies at least this often: what is copied again after an interruption.
 const FLUSH_EVERY_BYTES: u64 = 64 << 20;
+/// And this often, where the copying is slow.
+const FLUSH_EVERY: Duration = Duration::from_secs(1);
 /// The same for holes, in whole pages of marks (124 MiB each with blocks of 4 KiB): half a terabyte.
 const FLUSH_EVERY_PAGES: usize = 4096;
 /// No further hole is begun while so many wait for their flush.
@@ -72,6 +74,8 @@ pub(super) struct Copying {
     sent_bytes: u64,
     /// `sent_bytes` when both copies were last flushed.
     flushed_at_bytes: u64,
+    /// And when.
+    flushed_at: Instant,
     paused: bool,
     priority: Priority,
     max_bytes_per_s: u64,
@@ -95,6 +99,7 @@ impl Copying {
             total_bytes: 0,
             sent_bytes: 0,
             flushed_at_bytes: 0,
+            flushed_at: Instant(0),
             paused: false,
             priority: Priority::Normal,
             max_bytes_per_s: 0,
@@ -107,12 +112,25 @@ impl Copying {
         self.round
     }
 
-    pub(super) fn set_pace(&mut self, pace: Pace) {
+    /// A pace typed now counts from now on: what the old cap still made wait goes on by the new one.
+    pub(super) fn set_pace(&mut self, now: Instant, pace: Pace) {
         match pace {
             Pace::Pause => self.paused = true,
             Pace::Resume => self.paused = false,
             Pace::Priority(priority) => self.priority = priority,
-            Pace::MaxBytesPerSecond(rate) => self.max_bytes_per_s = rate,
+            Pace::MaxBytesPerSecond(rate) => {
+                self.max_bytes_per_s = rate;
+                self.not_before = self.not_before.min(now);
+            }
+        }
+    }
+
+    /// So many bytes are about to be copied: the next chunk waits as long as the cap wants.
+    fn hold_pace(&mut self, now: Instant, bytes: u64) {
+        if self.max_bytes_per_s > 0 {
+            let nanos = u128::from(bytes) * 1_000_000_000 / u128::from(self.max_bytes_per_s);
+            let pause = Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX));
+            self.not_before = self.not_before.max(now) + pause;
         }
     }
 
@@ -193,6 +211,7 @@ impl Volume {
         copying.pages_taken = 0;
         copying.sent_bytes = 0;
         copying.flushed_at_bytes = 0;
+        copying.flushed_at = self.now;
         copying.not_before = Instant(0);
         copying.holes = Holes::new();
         copying.phase = match plan {
@@ -341,6 +360,9 @@ impl Volume {
             }
         };
         self.copying.chunks[slot] = Some(chunk);
+        if !zero {
+            self.copying.hold_pace(self.now, range.length_bytes);
+        }
         let slot = u32::try_from(slot).expect("chunks are as many as copy buffers");
         if self.locks.acquire(locked, Access::Exclusive, Holder::Copy(slot)) {
             self.copy_locked(slot);
@@ -396,7 +418,7 @@ impl Volume {
             DiskOutcome::Zeroes { .. } | DiskOutcome::Failed { .. } if chunk.zero => self.read_instead(slot),
             DiskOutcome::Done | DiskOutcome::Bytes(_) | DiskOutcome::Zeroes { .. } => {
                 self.set_sent(slot);
-                self.account_sent(chunk.range.length_bytes);
+                self.copying.sent_bytes += chunk.range.length_bytes;
                 self.send(VolumeMessage::Copy { id, range: chunk.range }, Some(chunk.buffer));
             }
             DiskOutcome::Failed { .. } => {
@@ -422,17 +444,10 @@ impl Volume {
         if let Some(chunk) = self.copying.chunks[slot as usize].as_mut() {
             chunk.zero = false;
             chunk.range.length_bytes = chunk.range.length_bytes.min(longest);
+            let bytes = chunk.range.length_bytes;
+            self.copying.hold_pace(self.now, bytes);
         }
         self.copy_locked(slot);
-    }
-
-    fn account_sent(&mut self, bytes: u64) {
-        self.copying.sent_bytes += bytes;
-        if self.copying.max_bytes_per_s > 0 {
-            let nanos = u128::from(bytes) * 1_000_000_000 / u128::from(self.copying.max_bytes_per_s);
-            let pause = Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX));
-            self.copying.not_before = self.copying.not_before.max(self.now) + pause;
-        }
     }
 
     pub(super) fn on_copy_ack(&mut self, id: u64, outcome: RemoteOutcome) {
@@ -489,6 +504,7 @@ impl Volume {
             Phase::Chunks => {
                 self.copying.in_flight() == 0
                     || self.copying.sent_bytes - self.copying.flushed_at_bytes >= FLUSH_EVERY_BYTES
+                    || self.now.since(self.copying.flushed_at) >= FLUSH_EVERY
                     || self.log.as_ref().is_some_and(|log| log.copied_pages() >= FLUSH_EVERY_PAGES)
             }
             Phase::Off | Phase::Marks | Phase::MarksDurable | Phase::Tail | Phase::Done => true,
@@ -498,6 +514,7 @@ impl Volume {
     /// A flush that clears what was copied so far is under way.
     pub(super) fn copy_flushing(&mut self) {
         self.copying.flushed_at_bytes = self.copying.sent_bytes;
+        self.copying.flushed_at = self.now;
     }
 
     /// When the resync wants to go on by itself.
@@ -524,6 +541,22 @@ mod tests {
     use super::*;
     use crate::ids::BootId;
     use crate::mirror::{Volume, VolumeConfig};
+
+    #[test]
+    fn a_cap_holds_every_chunk_and_a_new_one_counts_at_once() {
+        let now = Instant(1_000_000_000);
+        let mut copying = Copying::new(Vec::new());
+        copying.set_pace(now, Pace::MaxBytesPerSecond(1 << 20));
+        for chunk in 1..=3 {
+            copying.hold_pace(now, 256 << 10);
+            assert_eq!(copying.not_before, now + chunk * Duration::from_millis(250));
+        }
+        let later = now + Duration::from_millis(10);
+        copying.set_pace(later, Pace::MaxBytesPerSecond(4 << 20));
+        assert_eq!(copying.not_before, later, "the old cap's wait is over");
+        copying.hold_pace(later, 256 << 10);
+        assert_eq!(copying.not_before, later + Duration::from_micros(62_500));
+    }
 
     #[test]
     fn a_lease_passes_no_deadline_of_the_resync_over() {

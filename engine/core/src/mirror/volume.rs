@@ -157,6 +157,8 @@ pub struct Volume {
     /// Metadata operations under way: the log's name for each, and where.
     pub(super) log_slots: Vec<Option<(u64, u64)>>,
     pub(super) bad_blocks: u32,
+    /// What the server machine was last told: whether anything is marked.
+    told_marked: bool,
 }
 
 impl Volume {
@@ -188,6 +190,7 @@ impl Volume {
             peer_failed: false,
             log_slots: Vec::new(),
             bad_blocks: 0,
+            told_marked: false,
         };
         volume.begin_start();
         volume
@@ -204,7 +207,23 @@ impl Volume {
             Input::Time => self.on_time(),
         }
         self.pump();
+        self.tell_marked();
         self.check_invariants();
+    }
+
+    /// Whether a copy that is alone has blocks of its own decides who copies to whom (D5): the server machine
+    /// always knows. In a session it asks where it needs to know.
+    fn tell_marked(&mut self) {
+        let blocks = self.dirty_blocks();
+        if self.joined.is_none() && self.told_marked != (blocks > 0) {
+            self.tell_marks();
+        }
+    }
+
+    fn tell_marks(&mut self) {
+        let blocks = self.dirty_blocks();
+        self.told_marked = blocks > 0;
+        self.report(Report::Dirty { blocks });
     }
 
     /// The next thing the shell must do.
@@ -391,6 +410,7 @@ impl Volume {
         log.op_done(op, result);
         if let Some(errno) = log.failed() {
             self.fail_mine(errno, Some(ByteRange::new(offset_bytes, META_BLOCK_BYTES)));
+            self.fail_waiting();
         }
     }
 
@@ -470,7 +490,11 @@ impl Volume {
             Order::Drain { tag } => self.begin_drain(tag),
             Order::Close => self.close(),
             Order::Return { tag, server } => self.begin_return(tag, server),
-            Order::Pace(pace) => self.copying.set_pace(pace),
+            Order::TellMarks { tag } => {
+                self.tell_marks();
+                self.report(Report::Drained { tag });
+            }
+            Order::Pace(pace) => self.copying.set_pace(self.now, pace),
             Order::Fail { errno } => self.fail_mine(errno, None),
         }
     }

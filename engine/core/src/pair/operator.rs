@@ -313,7 +313,14 @@ impl Server {
     fn pace(&mut self, token: OperatorToken, pace: Pace) {
         self.order_all(&Order::Pace(pace));
         self.send(ControlMessage::Resync { command: pace });
-        self.event("resync-command", format!("{pace:?}"), "by the operator");
+        let text = match pace {
+            Pace::Pause => "the resync is paused; what is marked stays marked".to_owned(),
+            Pace::Resume => "the resync goes on".to_owned(),
+            Pace::Priority(priority) => format!("the resync has {} priority", priority.word()),
+            Pace::MaxBytesPerSecond(0) => "the resync has no cap".to_owned(),
+            Pace::MaxBytesPerSecond(rate) => format!("the resync copies at most {rate} bytes/s"),
+        };
+        self.event("resync-command", text, "by the operator");
         self.answer(token, Ok("done".to_owned()));
     }
 

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use super::api::Action;
 use super::server::{Server, Serving, newer};
 use super::session::Phase;
 use super::steps::Step;
@@ -59,6 +60,26 @@ impl Server {
         self.send(ControlMessage::Mirrored { epoch, primary });
         let fields = self.resync_fields();
         self.enter_mirrored_with("the resync ended", fields);
+    }
+
+    /// What a resync begins with, by the marks of both sides: at most their sum is left to copy.
+    pub(super) fn marks_fields(&self) -> BTreeMap<String, String> {
+        let mine: u64 = self.volumes.iter().filter_map(|v| v.facts.as_ref()).map(|f| f.dirty_blocks).sum();
+        let hello = self.session.as_ref().and_then(|s| s.peer_hello.as_ref());
+        let theirs: u64 = hello.into_iter().flat_map(|h| &h.volumes).map(|v| v.dirty_blocks).sum();
+        let field = |name: &str, value: String| (name.to_owned(), value);
+        BTreeMap::from([
+            field("role", "source".to_owned()),
+            field("my_blocks", mine.to_string()),
+            field("their_blocks", theirs.to_string()),
+        ])
+    }
+
+    /// Fields for the event just made.
+    pub(super) fn tell_in_event(&mut self, fields: BTreeMap<String, String>) {
+        if let Some(Action::Event(event)) = self.actions.back_mut() {
+            event.fields = fields;
+        }
     }
 
     /// The source's account of the resync: what was marked, and what was sent.

@@ -177,7 +177,8 @@ impl Server {
         }
     }
 
-    /// Sends the first hello, or says why there is none.
+    /// Begins the first hello, or says why there is none. What is marked has changed since the disks were read:
+    /// the volumes are asked first.
     pub(super) fn begin_hello(&mut self, id: SessionId) {
         if self.session.as_ref().is_none_or(|s| s.id != id) {
             return;
@@ -188,6 +189,10 @@ impl Server {
         if let Some((at, code, text)) = unusable {
             let text = format!("volume {}: {text}", self.name(at));
             self.send(ControlMessage::Refuse { code, text });
+        }
+        if self.loaded && self.volumes.iter().any(|v| !v.gone) {
+            let tag = self.begin_step(Step::MarksTold);
+            self.order_all(&Order::TellMarks { tag });
         }
     }
 
@@ -264,6 +269,7 @@ impl Server {
             | Step::Surrendered
             | Step::MapsWhole { .. }
             | Step::Activated { .. }
+            | Step::MarksTold
             | Step::Noted => true,
             Step::GoneAlone { .. }
             | Step::DrainedForHandOver { .. }
@@ -444,9 +450,7 @@ impl Server {
         self.eligible = true;
         self.peer_copies.fill(Some(CopyState::UpToDate));
         self.transition("synced", reason, |s| s.set_phase(Phase::Mirrored));
-        if let Some(super::api::Action::Event(event)) = self.actions.back_mut() {
-            event.fields = fields;
-        }
+        self.tell_in_event(fields);
         self.beat_now();
     }
 
@@ -495,6 +499,7 @@ impl Server {
         self.transition("sync-started", &format!("source by {rule}"), |s| {
             s.set_phase(Phase::Syncing { synced });
         });
+        self.tell_in_event(self.marks_fields());
     }
 
     /// This side is the target, once the source holds its right (G5).
@@ -586,7 +591,17 @@ fn differences(mine: &Hello, theirs: &Hello) -> Option<(&'static str, String, St
         let (a, b) = (mine.config.get(key), theirs.config.get(key));
         (a != b).then(|| {
             let say = |value: Option<&String>| format!("{key} = {}", value.map_or("(absent)", |v| v));
-            ("configuration", say(a), say(b))
+            (code_of_key(key), say(a), say(b))
         })
     })
+}
+
+/// What differs, in a stable word of its own where a monitor would want to tell it apart.
+fn code_of_key(key: &str) -> &'static str {
+    match key.rsplit('.').next() {
+        Some("block_bytes") => "block-size",
+        Some("size") => "volume-size",
+        Some("link") => "address",
+        Some(_) | None => "configuration",
+    }
 }

@@ -66,6 +66,8 @@ pub(super) enum Step {
     Activated {
         token: OperatorToken,
     },
+    /// Every volume said how many blocks it has marked: the hello tells it.
+    MarksTold,
     /// Nothing follows.
     Noted,
 }
@@ -143,7 +145,7 @@ impl Server {
             Step::Surrendered => self.surrendered(),
             Step::MapsWhole { volumes } => self.maps_are_whole(&volumes),
             Step::Activated { token } => self.activated(token),
-            Step::Noted => {}
+            Step::MarksTold | Step::Noted => {}
         }
     }
 
