@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use clap::Parser;
 use duplex_tests::cases::{self, Case, Stage};
-use duplex_tests::lab;
+use duplex_tests::lab::{self, disk::process::program};
 
 #[derive(Debug, Parser)]
 #[command(name = "duplex-cases", about = "Runs the acceptance cases on real servers made of namespaces")]
@@ -64,6 +64,13 @@ fn main() -> ExitCode {
         cli.names
     };
     let sabotage = cli.sabotage || cli.sabotage_all;
+    // Without them a sabotaged case would fail for the wrong reason.
+    if let Some(error) =
+        cases::SABOTAGE_PROGRAMS.iter().filter(|_| sabotage).find_map(|name| program(name).err())
+    {
+        eprintln!("duplex-cases: {error:#}; `cargo xtask cases --sabotage NAME` builds it");
+        return ExitCode::from(2);
+    }
     let mut as_wanted = true;
     for name in &names {
         let verdict = match all.iter().find(|case| case.name == name) {

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use super::{Case, Stage, client, run_load, says, spoil, verify, write_some};
 use crate::lab::disk::{Fault, Loss, Operation};
 use crate::lab::history::{BLOCK_BYTES, Floor};
-use crate::lab::pair::{LIMIT, VOLUME, disk_bytes};
+use crate::lab::pair::{LIMIT, VOLUME, disk_bytes, field};
 use crate::lab::writer::{Load, Shared, lock};
 use crate::lab::{DiskKind, Pair, PairOptions, Seed, wait};
 
@@ -29,7 +29,7 @@ pub(super) const CASES: &[Case] = &[
     },
     Case {
         name: "DISK-4",
-        sabotage: "beta's disk answers flushes without carrying them out: the flush to the peer is taken out",
+        sabotage: "both servers run a build of the product that does not flush the peer",
         run: flush_is_a_flush,
         ends_mirrored: true,
         limit_s: 900,
@@ -50,6 +50,9 @@ pub(super) const CASES: &[Case] = &[
     },
 ];
 
+/// As NBD numbers it.
+const EIO: u32 = 5;
+
 fn faulty() -> PairOptions {
     PairOptions { disks: [DiskKind::Faulty, DiskKind::Faulty], ..PairOptions::default() }
 }
@@ -67,29 +70,53 @@ fn primarys_disk_fails(stage: &mut Stage) -> Result<()> {
         }
         pair.alpha.faulty()?.fail(Fault::all(operation))?;
         if operation == Operation::Read {
-            // Reads alone never latch a copy that can be healed; after 64 bad blocks it is given up.
+            // One bad block is healed; after 64 of them the copy is given up.
             verify(&pair.alpha, &history, Floor::Acknowledged)?;
         }
         load.wait_more(200, LIMIT)?;
         let finished = load.finish()?;
         ensure!(finished.broken.is_none() && finished.errors.is_empty(), "the client was hurt: {finished:?}");
-        if operation == Operation::Write {
-            let event = pair.alpha.event("disk-failed")?;
-            ensure!(
-                !event["errno"].is_null() && !event["offset_bytes"].is_null(),
-                "no errno and offset: {event}"
-            );
-            ensure!(
-                pair.alpha.status_word("/volumes/0/copy")? == "failed",
-                "alpha's copy is not latched failed"
-            );
-        } else {
-            let healed = pair.alpha.events_of("block-healed")?.len();
-            let latched = pair.alpha.status_word("/volumes/0/copy")? == "failed";
-            ensure!(healed > 0 || latched, "neither a healed block nor a latched copy");
-        }
+        latched_and_served_by_the_peer(pair, operation)?;
         verify(&pair.alpha, &history, Floor::Acknowledged).context("served from the peer's copy")?;
+        verify(&pair.beta, &history, Floor::Acknowledged).context("a client of the new primary")?;
+        crate::lab::writer::verify_backing(pair.beta.disk().path(), &history, Floor::Acknowledged)
+            .context("the peer's copy lacks what was acknowledged")?;
     }
+    nobody_left(stage)
+}
+
+/// With the peer gone before, nobody can serve: the client is told so, and does not wait for ever.
+fn nobody_left(stage: &mut Stage) -> Result<()> {
+    let (pair, history) = stage.mirrored(faulty())?;
+    pair.beta.kill()?;
+    pair.alpha.wait("alone", LIMIT)?;
+    write_some(&pair.alpha, &history, 103, 100)?;
+    pair.alpha.faulty()?.fail(Fault::all(Operation::Write))?;
+    let load = Load { requests: Some(200), ..Load::everywhere(104, &*lock(&history)?) };
+    let finished = pair.alpha.client(&history, load)?.join()?;
+    ensure!(finished.broken.is_none(), "the client's connection broke: {:?}", finished.broken);
+    ensure!(finished.errors.contains(&EIO), "a dead disk answered {finished:?}");
+    pair.alpha.event("disk-failed").map(drop)
+}
+
+/// The failed copy is latched, and the peer is primary now; alpha only forwards. Both say so, and why.
+fn latched_and_served_by_the_peer(pair: &Pair, operation: Operation) -> Result<()> {
+    let failed = pair.alpha.wait_status("its copy to be failed", |s| s["volumes"][0]["copy"] == "failed")?;
+    ensure!(failed["role"] != "primary", "alpha is primary with a failed copy: {failed}");
+    pair.beta.wait("role=primary", LIMIT)?;
+    ensure!(pair.beta.status_word("/state")? == "alone", "beta does not serve alone");
+    let events = pair.alpha.events_of("disk-failed")?;
+    ensure!(events.len() == 1, "one failure is told {} times: {events:?}", events.len());
+    ensure!(
+        events[0]["errno"].is_u64() && (events[0]["offset_bytes"].is_u64() || operation == Operation::Read),
+        "no errno and offset: {}",
+        events[0]
+    );
+    says(field(&pair.alpha.event("front")?, "/text")?, &["served from the peer's copy"])?;
+    pair.beta.event("disk-failed")?;
+    says(field(&pair.beta.event("alone")?, "/reason")?, &["the primary's copy failed"])?;
+    pair.alpha.refused(&["promote"], 1)?;
+    pair.alpha.refused(&["promote", "--peer-is-down"], 1).context("a failed copy must not be promoted")?;
     Ok(())
 }
 
@@ -121,18 +148,24 @@ fn cuts() -> u64 {
     std::env::var("DUPLEX_DISK4_CUTS").ok().and_then(|text| text.parse().ok()).unwrap_or(50)
 }
 
+/// The product without its flush to the peer; `cargo xtask cases --sabotage` builds it.
+pub(super) const WITHOUT_PEER_FLUSH: &str = "duplex-no-peer-flush";
+
 fn flush_is_a_flush(stage: &mut Stage) -> Result<()> {
     let sabotage = stage.sabotage;
-    let (pair, history) = stage.mirrored(PairOptions { volume_bytes: 32 << 20, ..faulty() })?;
+    let pair = stage.pair(PairOptions { volume_bytes: 32 << 20, ..faulty() })?;
+    if sabotage {
+        pair.alpha.set_program(WITHOUT_PEER_FLUSH);
+        pair.beta.set_program(WITHOUT_PEER_FLUSH);
+    }
+    pair.start_mirrored()?;
+    let history = super::history_of(pair)?;
     let mut seed = Seed::new(4);
     let mut written = 0;
     for cut in 0..cuts() {
-        if sabotage {
-            pair.beta.faulty()?.lie_about_flush(true)?;
-        }
         let load = Load { flush_once_in: 2, ..Load::everywhere(120 + cut, &*lock(&history)?) };
         let mut load = pair.alpha.client(&history, load)?;
-        load.wait_more(200 + seed.below(200), LIMIT)?;
+        load.wait_more(400 + seed.below(200), LIMIT)?;
         let loss = match seed.below(3) {
             0 => Loss::Drop,
             1 => Loss::Keep,
@@ -156,6 +189,8 @@ fn flush_is_a_flush(stage: &mut Stage) -> Result<()> {
         pair.assert_equal().with_context(|| format!("after cut {cut}"))?;
     }
     Stage::note(&format!("{} power cuts over {written} writes and flushes", cuts()));
+    // 10,000 writes and as many flushes over 50 cuts.
+    ensure!(written >= cuts() * 400, "only {written} writes and flushes");
     Ok(())
 }
 

@@ -1,12 +1,14 @@
 //! SFT3-B: the beginnings of a pair: first activation, a late joiner, stale sides, two primaries, refused handshakes.
 
+use std::sync::{Arc, Mutex};
+
 use anyhow::{Context, Result, ensure};
 
-use super::{Case, Stage, client, history_of, says, spoil, verify, write_some};
-use crate::lab::history::Floor;
-use crate::lab::pair::{VOLUME, field};
-use crate::lab::writer::Shared;
-use crate::lab::{Pair, PairOptions};
+use super::{Case, Stage, cheap, client, differing, history_of, number, says, spoil, verify, write_some};
+use crate::lab::history::{BLOCK_BYTES, Floor};
+use crate::lab::pair::{LIMIT, VOLUME, field};
+use crate::lab::writer::{Shared, lock};
+use crate::lab::{Pair, PairOptions, Server, wait};
 
 pub(super) const CASES: &[Case] = &[
     Case {
@@ -76,7 +78,7 @@ fn late_joiner(stage: &mut Stage) -> Result<()> {
     pair.create()?;
     pair.alpha.start_daemon()?;
     pair.alpha.must(&["activate"])?;
-    pair.alpha.wait("role=primary", crate::lab::pair::LIMIT)?;
+    pair.alpha.wait("role=primary", LIMIT)?;
     let history = history_of(pair)?;
     write_some(&pair.alpha, &history, 2, 500)?;
     if sabotage {
@@ -91,6 +93,18 @@ fn late_joiner(stage: &mut Stage) -> Result<()> {
         events.iter().any(|event| event["state_after"] == "joining"),
         "no event says that beta was joining"
     );
+    // Nothing was known of its blank copy: everything is copied. Late again, with a history: the difference.
+    let event = pair.beta.event("will-sync")?;
+    says(field(&event, "/reason")?, &["target", "blank"])?;
+    pair.beta.kill()?;
+    pair.alpha.wait("alone", LIMIT)?;
+    write_some(&pair.alpha, &history, 3, 100)?;
+    let differ = differing(pair, pair.volume_bytes()?)?;
+    pair.beta.boot(false)?;
+    pair.beta.start_daemon()?;
+    pair.wait_mirrored()?;
+    ensure!(pair.beta.status_word("/role")? == "secondary", "beta is not secondary");
+    cheap(&pair.alpha, differ)?;
     verify(&pair.alpha, &history, Floor::Acknowledged)
 }
 
@@ -99,7 +113,7 @@ fn stale_side_alone(stage: &mut Stage) -> Result<()> {
     let (pair, history) = stage.mirrored(PairOptions::default())?;
     write_some(&pair.alpha, &history, 3, 200)?;
     pair.beta.kill()?;
-    pair.alpha.wait("alone", crate::lab::pair::LIMIT)?;
+    pair.alpha.wait("alone", LIMIT)?;
     write_some(&pair.alpha, &history, 4, 200)?;
     let size = pair.volume_bytes()?;
     pair.alpha.kill()?;
@@ -120,7 +134,7 @@ fn stale_side_alone(stage: &mut Stage) -> Result<()> {
 }
 
 /// A server's generation as `explain` and `status` show it.
-fn own_generation(server: &crate::lab::Server) -> Result<String> {
+fn own_generation(server: &Server) -> Result<String> {
     server.status_word("/volumes/0/generation")
 }
 
@@ -129,42 +143,76 @@ fn both_active(stage: &mut Stage) -> Result<()> {
     let (pair, history) = stage.mirrored(PairOptions::default())?;
     write_some(&pair.alpha, &history, 6, 300)?;
     pair.cut(0)?;
-    pair.alpha.wait("alone", crate::lab::pair::LIMIT)?;
+    pair.alpha.wait("alone", LIMIT)?;
+    // Each finds by itself that it hears nothing.
+    pair.beta.wait("joining", LIMIT)?;
     pair.beta.must(&["promote", "--peer-is-down"])?;
-    pair.beta.wait("role=primary", crate::lab::pair::LIMIT)?;
-    let theirs: Shared =
-        std::sync::Arc::new(std::sync::Mutex::new(crate::lab::writer::lock(&history)?.clone()));
+    pair.beta.wait("role=primary", LIMIT)?;
+    let split = lock(&history)?.clone();
+    let theirs: Shared = Arc::new(Mutex::new(split.clone()));
     write_some(&pair.alpha, &history, 7, 200)?;
     write_some(&pair.beta, &theirs, 8, 200)?;
+    let since = |history: &Shared| -> Result<Vec<u64>> {
+        let history = lock(history)?;
+        let newer = |block: &u64| history.promised(*block) > split.promised(*block);
+        Ok(history.touched().into_iter().filter(newer).collect())
+    };
+    let (on_alpha, on_beta) = (since(&history)?, since(&theirs)?);
     let size = pair.volume_bytes()?;
     let before = (pair.alpha.copy(size)?.digest()?, pair.beta.copy(size)?.digest()?);
     pair.restore(0)?;
     pair.wait_both("both to refuse", |a, b| !a["refusal"].is_null() && !b["refusal"].is_null())?;
-    for server in [&pair.alpha, &pair.beta] {
-        let status = server.status()?;
-        ensure!(
-            ["both-active", "split-brain", "diverged"].contains(&field(&status, "/refusal/code")?),
-            "{}: {}",
-            server.name(),
-            status["refusal"]
-        );
-        server.event("split-brain")?;
-        server.must(&["explain"])?;
-    }
+    told_of_the_split(pair, on_alpha.len(), on_beta.len())?;
+    // Each goes on with its own clients; nothing is copied either way.
+    verify(&pair.alpha, &history, Floor::Acknowledged)?;
+    verify(&pair.beta, &theirs, Floor::Acknowledged)?;
     if sabotage {
         spoil(&pair.alpha, 5)?;
     }
     let after = (pair.alpha.copy(size)?.digest()?, pair.beta.copy(size)?.digest()?);
     ensure!(before == after, "a copy changed while both were refused");
-    resolve(pair, &history, &theirs)
+    let lost = blocks_of(&pair.beta, size, &on_beta)?;
+    resolve(pair, &history, &lost)
 }
 
-/// The operator picks beta as the victim; its blocks are saved, then overwritten.
-fn resolve(pair: &mut Pair, history: &Shared, theirs: &Shared) -> Result<()> {
+/// Both say `split-brain` once, with both generations and how many blocks each has that the other lacks.
+fn told_of_the_split(pair: &Pair, on_alpha: usize, on_beta: usize) -> Result<()> {
+    let generations = [own_generation(&pair.alpha)?, own_generation(&pair.beta)?];
+    ensure!(generations[0] != generations[1], "both wrote alone in one generation: {generations:?}");
+    for (me, server) in [&pair.alpha, &pair.beta].into_iter().enumerate() {
+        let status = server.status()?;
+        let name = server.name();
+        ensure!(field(&status, "/refusal/code")? == "split-brain", "{name}: {}", status["refusal"]);
+        ensure!(status["role"] == "primary", "{name} lost its role: {}", status["role"]);
+        let event = server.event("split-brain")?;
+        for (word, generation) in [("mine", &generations[me]), ("theirs", &generations[1 - me])] {
+            ensure!(event[word] == **generation, "{name}: `{word}` is not {generation}: {event}");
+        }
+        let written = if me == 0 { [on_alpha, on_beta] } else { [on_beta, on_alpha] };
+        for (word, least) in ["my_blocks", "their_blocks"].into_iter().zip(written) {
+            let told = number(&event, word)?;
+            ensure!(told >= least as u64, "{name}: {least} blocks were written, `{word}` says {told}");
+        }
+        let events = server.events_of("split-brain")?.len();
+        ensure!(events == 1, "{name} tells {events} times of one split brain");
+        says(&server.must(&["explain"])?, &["both wrote alone"])?;
+    }
+    Ok(())
+}
+
+/// What these blocks of a copy hold now.
+fn blocks_of(server: &Server, size: u64, blocks: &[u64]) -> Result<Vec<(u64, Vec<u8>)>> {
+    let copy = server.copy(size)?;
+    blocks.iter().map(|block| Ok((*block, copy.block(*block)?))).collect()
+}
+
+/// The operator picks beta as the victim; every block that it wrote is saved, then overwritten.
+fn resolve(pair: &mut Pair, history: &Shared, lost: &[(u64, Vec<u8>)]) -> Result<()> {
     pair.beta.refused(&["resolve", "--victim", "beta"], 1).context("the victim is still primary")?;
     pair.beta.must(&["demote"])?;
     pair.alpha.must(&["resolve", "--victim", "beta"])?;
     pair.wait_mirrored()?;
+    ensure!(pair.beta.status_word("/role")? == "secondary", "the victim is not secondary");
     verify(&pair.alpha, history, Floor::Acknowledged)?;
     let saved: Vec<_> = std::fs::read_dir(pair.beta.state_directory().join("saved"))
         .context("no directory of saved blocks")?
@@ -174,41 +222,41 @@ fn resolve(pair: &mut Pair, history: &Shared, theirs: &Shared) -> Result<()> {
         .collect();
     ensure!(saved.len() == 1, "one file of saved blocks is expected: {saved:?}");
     let file = saved[0].display().to_string();
-    let theirs = crate::lab::writer::lock(theirs)?;
-    let changed = theirs.touched().into_iter().filter(|block| {
-        // Blocks that only beta wrote after the split: alpha's history does not know their newest write.
-        crate::lab::writer::lock(history).is_ok_and(|ours| ours.promised(*block) != theirs.promised(*block))
-    });
-    let mut restored = 0;
-    for block in changed.take(8) {
-        let range = format!("{}:4096", block * 4096);
-        let output = pair.beta.cli(&["dump", "--saved", &file, "--extract", &range])?;
-        if !output.success() {
-            continue; // a block that only alpha wrote
-        }
-        restored += 1;
+    let onto = pair.directory().join("restored");
+    std::fs::File::create(&onto)?.set_len(pair.volume_bytes()?)?;
+    pair.beta.must(&["dump", "--saved", &file, "--onto", &onto.display().to_string()])?;
+    let restored = std::fs::read(&onto)?;
+    ensure!(!lost.is_empty(), "beta wrote nothing that could be lost");
+    for (block, content) in lost {
+        let begin = usize::try_from(*block)? * BLOCK_BYTES;
+        let found = restored.get(begin..begin + BLOCK_BYTES).context("a block past the end")?;
+        ensure!(found == content, "block {block} as beta wrote it is not in {file}");
     }
-    ensure!(restored > 0, "no saved block can be extracted from {file}");
+    let (block, _) = &lost[0];
+    let range = format!("{}:{BLOCK_BYTES}", block * BLOCK_BYTES as u64);
+    pair.beta.must(&["dump", "--saved", &file, "--extract", &range])?;
+    Stage::note(&format!("{} blocks of the victim are saved and restorable", lost.len()));
     Ok(())
 }
 
 /// What is written differently in beta's configuration, and the code of the refusal.
-const DIFFERENCES: &[(&str, &str, &[&str])] = &[
-    ("frontend = \"none\"", "frontend = \"none\"\nblock_bytes = 16384", &["block", "configuration"]),
-    ("[security]", "[arbiter]\nsilent_ms = 900\n[security]", &["configuration"]),
-    ("10.9.0.1:7700", "10.9.0.1:7701", &["address", "configuration"]),
-    ("pair = \"lab\"", "pair = \"bal\"", &["pair", "foreign"]),
-    ("alpha", "alfa", &["server-name"]),
+const DIFFERENCES: &[(&str, &str, &str)] = &[
+    ("frontend = \"none\"", "frontend = \"none\"\nblock_bytes = 16384", "block-size"),
+    ("frontend = \"none\"", "frontend = \"none\"\nsize = \"32MiB\"", "volume-size"),
+    ("[security]", "[arbiter]\nsilent_ms = 900\n[security]", "configuration"),
+    ("10.9.0.1:7700", "10.9.0.1:7701", "address"),
+    ("pair = \"lab\"", "pair = \"bal\"", "pair"),
+    ("alpha", "alfa", "server-name"),
 ];
 
 fn handshake_refusals(stage: &mut Stage) -> Result<()> {
     let sabotage = stage.sabotage;
-    for (from, to, codes) in DIFFERENCES {
+    for (from, to, code) in DIFFERENCES {
         let pair = stage.pair(PairOptions::default())?;
         if !sabotage {
             pair.beta.edit_config(from, to)?;
         }
-        refused_with(pair, codes).with_context(|| format!("beta has {to:?}"))?;
+        refused_with(pair, code).with_context(|| format!("beta has {to:?}"))?;
     }
     // A volume that does not fit.
     let pair = stage.pair(PairOptions::default())?;
@@ -218,18 +266,20 @@ fn handshake_refusals(stage: &mut Stage) -> Result<()> {
         std::fs::File::create(&small)?.set_len(16 << 20)?;
         pair.beta.edit_config(&path.display().to_string(), &small.display().to_string())?;
     }
-    refused_with(pair, &["too-small", "size"])
+    refused_with(pair, "too-small")
 }
 
-/// Alpha alone with data, beta blank with its own configuration: refused on both sides by one of these codes, with
-/// both values, and beta's disk stays as it was.
-fn refused_with(pair: &mut Pair, codes: &[&str]) -> Result<()> {
+/// Alpha alone with data, beta blank with its own configuration: refused with this code and both values, and beta's
+/// disk stays as it was.
+fn refused_with(pair: &mut Pair, wanted: &str) -> Result<()> {
     pair.create()?;
     pair.alpha.start_daemon()?;
     pair.alpha.must(&["activate"])?;
     pair.beta.start_daemon()?;
     let limit = std::time::Duration::from_secs(15);
-    let event = crate::lab::wait::until("a refusal on either side", limit, || {
+    let event = wait::until("a refusal on either side", limit, || {
+        let state = pair.beta.status_word("/state")?;
+        ensure!(state != "mirrored" && state != "syncing", "the peer was not refused: beta is {state}");
         for server in [&pair.alpha, &pair.beta] {
             if let Some(event) = server.events_of("refused")?.pop() {
                 return Ok(Some(event));
@@ -237,11 +287,7 @@ fn refused_with(pair: &mut Pair, codes: &[&str]) -> Result<()> {
         }
         Ok(None)
     })?;
-    let code = field(&event, "/code")?.to_owned();
-    ensure!(
-        codes.iter().any(|wanted| code.contains(wanted)),
-        "refused as `{code}`, not as one of {codes:?}: {event}"
-    );
+    ensure!(event["code"] == *wanted, "refused as {}, not as {wanted}: {event}", event["code"]);
     ensure!(!event["mine"].is_null() && !event["theirs"].is_null(), "a refusal without both values: {event}");
     let read = pair.beta.wait_status("its disk to be read", |s| s["volumes"][0]["copy"] != "unknown")?;
     ensure!(read["volumes"][0]["copy"] == "blank", "beta's copy of {VOLUME} changed: {}", read["volumes"][0]);

@@ -7,9 +7,11 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
+use rustix::process::Signal;
 
 use super::wrong_configurations::WRONG;
 use super::{Case, Stage};
+use crate::lab::history::Floor;
 use crate::lab::pair::{LIMIT, VOLUME};
 use crate::lab::{Pair, PairOptions, Seed, Server, wait};
 
@@ -102,8 +104,35 @@ fn device_of(server: &Server) -> Result<PathBuf> {
     std::fs::canonicalize(&link).with_context(|| link.clone())
 }
 
+/// The server ends: ask elsewhere, or again later.
+const ESHUTDOWN: u32 = 108;
+
+/// An NBD client that connects again and asks again for what was not answered finds everything it was promised.
+fn nbd_client_reconnects(stage: &mut Stage) -> Result<()> {
+    let (pair, history) = stage.mirrored(PairOptions::default())?;
+    for (round, signal) in [Signal::KILL, Signal::TERM].into_iter().enumerate() {
+        let mut load = super::client(&pair.alpha, &history, 301 + round as u64)?;
+        load.wait_more(300, LIMIT)?;
+        pair.alpha.signal_daemon(signal)?;
+        pair.alpha.wait_daemon_end()?;
+        let finished = load.join()?;
+        ensure!(finished.broken.is_some(), "the client outlived the daemon");
+        // A daemon that ends in order says so to what it did not take any more; one that is killed says nothing.
+        let told = |errno: &u32| signal == Signal::TERM && *errno == ESHUTDOWN;
+        ensure!(finished.errors.iter().all(told), "an I/O error reached the client: {:?}", finished.errors);
+        pair.alpha.start_daemon()?;
+        pair.alpha.wait("role=primary", LIMIT)?;
+        super::verify(&pair.alpha, &history, Floor::Acknowledged)?;
+        super::write_some(&pair.alpha, &history, 311 + round as u64, 200)?;
+        pair.wait_mirrored()?;
+        super::verify(&pair.alpha, &history, Floor::Acknowledged)?;
+    }
+    pair.assert_equal()
+}
+
 fn restart_under_load(stage: &mut Stage) -> Result<()> {
     let sabotage = stage.sabotage;
+    nbd_client_reconnects(stage)?;
     // A killed daemon marks every extent of 4 MiB that was in use: on a small volume that would be all of it.
     let volume_bytes = 512 << 20;
     let pair = stage.pair(PairOptions { volume_bytes, frontend: "fuse", ..PairOptions::default() })?;
@@ -123,14 +152,14 @@ fn restart_under_load(stage: &mut Stage) -> Result<()> {
             if sabotage {
                 for (pid, words) in pair.alpha.host()?.processes()? {
                     if words.contains(" holder") {
-                        pair.alpha.host()?.signal(pid, rustix::process::Signal::KILL)?;
+                        pair.alpha.host()?.signal(pid, Signal::KILL)?;
                     }
                 }
             }
             if round % 2 == 0 {
                 pair.alpha.kill_daemon()?;
             } else {
-                pair.alpha.signal_daemon(rustix::process::Signal::TERM)?;
+                pair.alpha.signal_daemon(Signal::TERM)?;
                 pair.alpha.wait_daemon_end()?;
             }
             pair.alpha.start_daemon()?;
@@ -144,8 +173,10 @@ fn restart_under_load(stage: &mut Stage) -> Result<()> {
     let written = files.finish();
     let checked = written.as_ref().map_or(Ok(()), |written| check_files(&mount, *written));
     let unmounted = system(&["umount", &point]);
+    // Why the files stopped says more than that they did.
+    let written = written.context("over the restarts")?;
     result?;
-    Stage::note(&format!("{} files written and synced over four restarts", written?));
+    Stage::note(&format!("{written} files written and synced over four restarts"));
     checked?;
     unmounted?;
     system(&["fsck.ext4", "-fn", &name]).context("the file system after four restarts")?;

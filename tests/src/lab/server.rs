@@ -56,6 +56,7 @@ pub struct Server {
     disk: Disk,
     root: PathBuf,
     daemon_words: Vec<String>,
+    program: &'static str,
 }
 
 impl Drop for Server {
@@ -76,7 +77,18 @@ impl Drop for Server {
 impl Server {
     /// Not booted yet.
     pub fn new(name: &'static str, network: NetNs, disk: Disk, root: PathBuf) -> Server {
-        Server { name, host: None, daemon: None, boot_id: 0, network, disk, root, daemon_words: Vec::new() }
+        let daemon_words = Vec::new();
+        Server {
+            name,
+            host: None,
+            daemon: None,
+            boot_id: 0,
+            network,
+            disk,
+            root,
+            daemon_words,
+            program: "duplex",
+        }
     }
 
     /// Its name in the configuration.
@@ -137,6 +149,11 @@ impl Server {
         self.daemon_words = words.iter().map(|word| (*word).to_owned()).collect();
     }
 
+    /// Another build of the product, from the next verb on.
+    pub fn set_program(&mut self, name: &'static str) {
+        self.program = name;
+    }
+
     /// Changes its configuration file.
     pub fn edit_config(&self, from: &str, to: &str) -> Result<()> {
         let text = std::fs::read_to_string(self.config())?;
@@ -162,7 +179,7 @@ impl Server {
 
     fn words(&self, verb: &[&str]) -> Result<Vec<String>> {
         let mut words = vec![
-            program("duplex")?.display().to_string(),
+            program(self.program)?.display().to_string(),
             "--config".to_owned(),
             self.config().display().to_string(),
             "--server".to_owned(),

@@ -57,7 +57,7 @@ pub struct Finished {
     pub acknowledged: u64,
     /// Longest wait for one answer.
     pub longest: Duration,
-    /// Error answers: an errno each.
+    /// Error answers, the first ones: an errno each.
     pub errors: Vec<u32>,
     /// Why the connection ended, unless the client itself ended it.
     pub broken: Option<anyhow::Error>,
@@ -69,6 +69,7 @@ pub struct Writer {
     thread: Option<JoinHandle<Finished>>,
     stop: Arc<AtomicBool>,
     done: Arc<AtomicU64>,
+    failed: Arc<AtomicU64>,
 }
 
 /// Locks the history; a client that panicked while it held it is an error.
@@ -81,6 +82,7 @@ impl Writer {
     pub fn start(socket: &Path, export: &str, history: &Shared, load: Load) -> Result<Writer> {
         let nbd = Nbd::unix(socket, export, Duration::from_secs(60))?;
         let (stop, done) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+        let failed = Arc::new(AtomicU64::new(0));
         let mut client = Client {
             nbd,
             seed: Seed::new(load.seed),
@@ -90,13 +92,14 @@ impl Writer {
             flight: HashMap::new(),
             stop: Arc::clone(&stop),
             done: Arc::clone(&done),
+            failed: Arc::clone(&failed),
             finished: Finished { acknowledged: 0, longest: Duration::ZERO, errors: Vec::new(), broken: None },
         };
         let thread = std::thread::Builder::new().name("client".to_owned()).spawn(move || {
             client.finished.broken = client.run().err();
             client.finished
         })?;
-        Ok(Writer { thread: Some(thread), stop, done })
+        Ok(Writer { thread: Some(thread), stop, done, failed })
     }
 
     /// Requests acknowledged so far.
@@ -104,12 +107,16 @@ impl Writer {
         self.done.load(Ordering::Relaxed)
     }
 
-    /// Waits until so many more are acknowledged.
+    /// Waits until so many more are acknowledged; an error answer ends the waiting.
     pub fn wait_more(&self, more: u64, limit: Duration) -> Result<()> {
         let goal = self.acknowledged() + more;
         super::wait::until(&format!("{more} more acknowledged requests"), limit, || {
             if self.thread.as_ref().is_some_and(JoinHandle::is_finished) && self.acknowledged() < goal {
                 bail!("the client ended after {} requests", self.acknowledged());
+            }
+            let failed = self.failed.load(Ordering::Relaxed);
+            if failed > 0 {
+                bail!("the client got {failed} errors after {} answers", self.acknowledged());
             }
             Ok((self.acknowledged() >= goal).then_some(()))
         })
@@ -150,6 +157,7 @@ struct Client {
     flight: HashMap<u64, Flight>,
     stop: Arc<AtomicBool>,
     done: Arc<AtomicU64>,
+    failed: Arc<AtomicU64>,
     finished: Finished,
 }
 
@@ -229,7 +237,11 @@ impl Client {
             self.finished.acknowledged += 1;
             self.done.fetch_add(1, Ordering::Relaxed);
         } else {
-            self.finished.errors.push(answer.error);
+            self.failed.fetch_add(1, Ordering::Relaxed);
+            // The first ones tell enough.
+            if self.finished.errors.len() < 16 {
+                self.finished.errors.push(answer.error);
+            }
         }
         Ok(())
     }

@@ -97,6 +97,9 @@ fn run(cli: Cli) -> Result<ExitCode> {
         }
         Verb::Cases { args } => {
             packages::require(packages::LAB)?;
+            if args.iter().any(|word| word.starts_with("--sabotage")) {
+                process::build_without("no-peer-flush", false)?;
+            }
             process::build_programs(false)?;
             Tool::new("duplex-tests", "duplex-cases").hand_over(&args)
         }
@@ -114,7 +117,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
         Verb::Bench { args } => {
             packages::require(packages::BENCH)?;
             if args.iter().any(|word| word == "write") && !args.iter().any(|word| word == "--trace") {
-                process::build_without_log()?;
+                process::build_without("no-dirty-log", true)?;
             }
             process::build_programs(true)?;
             Tool::new("duplex-benches", "duplex-bench").release(true).hand_over(&args)

@@ -52,20 +52,23 @@ pub(crate) fn build_programs(release: bool) -> Result<()> {
     if status.success() { Ok(()) } else { bail!("the build failed") }
 }
 
-/// Builds `duplex-no-dirty-log` beside the optimised programs: what `bench write` compares a lone primary with.
-/// The next build puts the real `duplex` back in its place.
-pub(crate) fn build_without_log() -> Result<()> {
+/// Builds `duplex-FEATURE` beside the other programs: the product with one thing taken out, for a benchmark or for a
+/// test that must notice it. The next build puts the real `duplex` back in its place.
+pub(crate) fn build_without(feature: &str, release: bool) -> Result<()> {
     let mut command = cargo();
-    command.args(["build", "--quiet", "--release", "--package", "duplex", "--features", "no-dirty-log"]);
+    command.args(["build", "--quiet", "--package", "duplex", "--features", feature]);
+    if release {
+        command.arg("--release");
+    }
     let status = command.status().context("cargo build cannot be started")?;
     if !status.success() {
-        bail!("the build without a dirty log failed");
+        bail!("the build with `{feature}` failed");
     }
     let metadata = metadata(false)?;
     let target = metadata["target_directory"].as_str().context("metadata has no target_directory")?;
-    let release = Path::new(target).join("release");
-    let bare = release.join("duplex-no-dirty-log");
-    std::fs::rename(release.join("duplex"), &bare)
+    let directory = Path::new(target).join(if release { "release" } else { "debug" });
+    let bare = directory.join(format!("duplex-{feature}"));
+    std::fs::rename(directory.join("duplex"), &bare)
         .with_context(|| format!("{} cannot be put in place", bare.display()))
 }
 

@@ -119,6 +119,29 @@ pub enum Command {
 }
 
 impl Command {
+    /// As it was typed, for the record; `None` where nothing is to change.
+    pub fn typed(&self) -> Option<String> {
+        Some(match self {
+            Self::Explain { .. } | Self::Dump { .. } => return None,
+            Self::Activate | Self::Connect | Self::Disconnect | Self::Down => self.verb().to_owned(),
+            Self::Promote { mode: PromoteMode::Plain } => "promote".to_owned(),
+            Self::Promote { mode: PromoteMode::PeerIsDown } => "promote --peer-is-down".to_owned(),
+            Self::Promote { mode: PromoteMode::Force(generation) } => format!("promote --force {generation}"),
+            Self::Demote { force } | Self::Switchover { force } => {
+                format!("{}{}", self.verb(), if *force { " --force" } else { "" })
+            }
+            Self::Detach { volume } | Self::Attach { volume } => format!("{} {volume}", self.verb()),
+            Self::ResyncPause => "resync pause".to_owned(),
+            Self::ResyncResume => "resync resume".to_owned(),
+            Self::ResyncPriority { priority } => format!("resync priority {}", priority.word()),
+            Self::ResyncMaxRate { max_bytes_per_s } => format!("resync max-rate {max_bytes_per_s}"),
+            Self::ResyncStartFull { volume, target } => {
+                format!("resync start --full {volume} --target {target}")
+            }
+            Self::Resolve { victim } => format!("resolve --victim {victim}"),
+        })
+    }
+
     /// The operator's word for it.
     pub const fn verb(&self) -> &'static str {
         match self {

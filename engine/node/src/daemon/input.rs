@@ -153,6 +153,9 @@ impl Daemon {
     pub(super) async fn on_call(&mut self, call: Call) {
         let Call { command, caller, reply } = call;
         tracing::info!(uid = caller.uid, pid = caller.pid, verb = command.verb(), "operator");
+        if let Some(typed) = command.typed() {
+            self.note_command(&typed, caller.uid);
+        }
         let answer_now = |daemon: &mut Self, answer: Answer, reply| {
             let _ = tokio::sync::oneshot::Sender::send(reply, answer);
             daemon.publish();

@@ -68,6 +68,13 @@ impl Daemon {
         self.note_with("refused", text, code, fields);
     }
 
+    /// Who typed what; its effects are events of their own.
+    pub(super) fn note_command(&mut self, typed: &str, uid: u32) {
+        let fields =
+            BTreeMap::from([("command".to_owned(), typed.to_owned()), ("uid".to_owned(), uid.to_string())]);
+        self.note_with("command", format!("`duplex {typed}` by user {uid}"), "by the operator", fields);
+    }
+
     fn note_with(&mut self, kind: &str, text: String, reason: &str, fields: BTreeMap<String, String>) {
         let name = self.config.servers.of(self.config.me).name.clone();
         let mut event = plain_event(&name, kind, text, reason);
