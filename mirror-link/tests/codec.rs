@@ -108,6 +108,7 @@ fn hello(revision: u64, live: LiveState) -> ControlMessage {
             name: "v".into(),
             copy: CopyRecord::blank(1 << 30, 4096, 512),
             dirty_blocks: u64::MAX,
+            lacks_solo: false,
             whole_map: true,
             undo_available: false,
         }],

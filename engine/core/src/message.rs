@@ -231,6 +231,9 @@ pub struct VolumeHello {
     pub copy: CopyRecord,
     /// Blocks marked dirty, active extents included.
     pub dirty_blocks: u64,
+    /// The server went alone, and this copy lacks the record of it: the process ended in the middle of G4,
+    /// nothing was completed alone.
+    pub lacks_solo: bool,
     /// Every block is marked, under a generation that no copy was ever copied towards: a full copy may begin.
     pub whole_map: bool,
     /// An undo area can roll this copy back (reserved: false in this version).

@@ -41,6 +41,8 @@ pub(super) struct VolumeState {
     pub(super) facts: Option<Facts>,
     pub(super) unusable: Option<(&'static str, String)>,
     pub(super) failed: Option<i32>,
+    /// Its disk lacks the record of going alone that another volume's has.
+    pub(super) lacks_solo: bool,
     /// Every block is marked under a generation no copy was made towards, and nothing was copied since.
     pub(super) whole_map: bool,
     /// Detached, and its backing let go: nothing answers for it.
@@ -524,6 +526,10 @@ impl Server {
             self.record = record;
         }
         self.was_loaded = true;
+        for volume in &mut self.volumes {
+            let lacks = |facts: &Facts| !facts.server.era.is_solo();
+            volume.lacks_solo = self.record.era.is_solo() && volume.facts.as_ref().is_some_and(lacks);
+        }
         self.loaded = true;
         let dirty: u64 = self.volumes.iter().filter_map(|v| v.facts.as_ref()).map(|f| f.dirty_blocks).sum();
         let replayed: u64 =

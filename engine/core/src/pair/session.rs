@@ -207,6 +207,7 @@ impl Server {
                 name: name.clone(),
                 copy,
                 dirty_blocks: facts.dirty_blocks,
+                lacks_solo: volume.lacks_solo,
                 whole_map: volume.whole_map,
                 undo_available: false,
             })

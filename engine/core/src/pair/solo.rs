@@ -22,6 +22,9 @@ impl Server {
         self.take_return_back();
         let number = self.next_epoch_number();
         self.begin_solo_record(number);
+        for volume in &mut self.volumes {
+            volume.lacks_solo = false;
+        }
         let generations: Vec<CopyChange> = (0..self.volumes.len())
             .map(|at| {
                 let whole = self.full_copy.get_mut(at).is_some_and(std::mem::take);
@@ -94,7 +97,8 @@ impl Server {
     /// T2: the superblock says that this server runs alone, and nothing newer can be anywhere else. It goes
     /// on under a new number.
     pub(super) fn resume_solo(&mut self) {
-        if self.record.era.is_solo() && self.record.was_primary && self.all_up_to_date() {
+        let unfinished = self.volumes.iter().any(|volume| volume.lacks_solo);
+        if self.record.era.is_solo() && self.record.was_primary && self.all_up_to_date() && !unfinished {
             self.take_up_solo("it ran alone when it stopped");
         }
     }

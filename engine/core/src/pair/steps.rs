@@ -2,6 +2,7 @@
 
 use super::api::OperatorToken;
 use super::server::Server;
+use crate::format::record::Era;
 use crate::ids::{Epoch, SessionId};
 use crate::mirror::api::{CopyChange, Order};
 
@@ -89,9 +90,13 @@ impl Server {
     /// Writes the server's record with each volume's change; `step` follows when all are durable.
     pub(super) fn record_all(&mut self, step: Step, changes: Vec<CopyChange>, preflush: bool) {
         let tag = self.begin_step(step);
-        let server = self.record.clone();
         for (index, change) in self.indexes().zip(changes) {
-            self.order(index, Order::Record { tag, server: server.clone(), change, preflush });
+            let mut server = self.record.clone();
+            if self.volumes[usize::from(index.0)].lacks_solo {
+                // Only G4 makes a copy part of a solo run.
+                server.era = Era::Pair;
+            }
+            self.order(index, Order::Record { tag, server, change, preflush });
         }
     }
 

@@ -233,8 +233,9 @@ impl<'a> Side<'a> {
         self.copy().state == CopyState::UpToDate
     }
 
+    /// This copy belongs to a solo run that was not given back.
     fn is_solo(self) -> bool {
-        self.server.record.era.is_solo()
+        self.server.record.era.is_solo() && !self.volume.lacks_solo
     }
 
     /// Serves alone, by right.

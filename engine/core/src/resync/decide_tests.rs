@@ -268,6 +268,20 @@ fn d10_unfinished_and_d10s_solo_era() {
 }
 
 #[test]
+fn a_copy_that_lacks_the_record_of_going_alone_is_not_solo() {
+    let (mut a, mut b) = two();
+    a.record.era = Era::Solo(6);
+    a.volumes[0].dirty_blocks = 3;
+    expect(&a, &b, Rule::SoloEra, Outcome::Source(CopyPlan::Union));
+    // The power went in the middle of G4: what this copy acknowledged is on the peer, too, and only there.
+    a.volumes[0].lacks_solo = true;
+    rec(&mut a).unproven = true;
+    expect(&a, &b, Rule::Survivor, Outcome::Target(CopyPlan::Union));
+    b.live = LiveState::Alone;
+    expect(&a, &b, Rule::SoloEra, Outcome::Target(CopyPlan::Union));
+}
+
+#[test]
 fn d11_and_d12_a_live_primary() {
     let (mut a, mut b) = two();
     a.live = LiveState::Frozen;

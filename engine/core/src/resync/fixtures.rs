@@ -34,6 +34,7 @@ pub(crate) fn hello(name: &str, copies: Vec<CopyRecord>) -> Hello {
         name: format!("v{at}"),
         copy,
         dirty_blocks: 0,
+        lacks_solo: false,
         whole_map: false,
         undo_available: false,
     };
