@@ -196,7 +196,9 @@ impl World {
                     self.oracle.returned_solo(volume, &covers);
                 }
             }
-            (LiveState::Returning, LiveState::Frozen) => self.cover.hit("G7 frozen after return"),
+            (LiveState::Returning, LiveState::Frozen | LiveState::Granted | LiveState::Alone) => {
+                self.cover.hit("G7 alone after a return that was cut off");
+            }
             (_, _) => {}
         }
     }

@@ -1,6 +1,8 @@
 //! Pages for people: compact and aligned.
 
-use duplex_node::control::status::{CopyState, LinkPath, PathState, Role, State, Status, VolumeStatus};
+use duplex_node::control::status::{
+    CopyState, LinkPath, PathState, RangeStatus, ResyncStatus, Role, State, Status, VolumeStatus,
+};
 use duplex_node::events::EventRecord;
 
 use crate::output::{Ink, Paint};
@@ -120,9 +122,26 @@ fn volumes(all: &[VolumeStatus], paint: Paint) -> Vec<String> {
                 bytes(resync.rate_bytes_per_s),
                 resync.pace
             ));
+            if let Some(text) = unreadable(resync) {
+                lines.push(paint.ink(Ink::Bad, format!("    unreadable here: {text}")));
+            }
         }
     }
     lines
+}
+
+/// Blocks that hold the resync up; what writes them anew mends it.
+fn unreadable(resync: &ResyncStatus) -> Option<String> {
+    if resync.unreadable_blocks == 0 {
+        return None;
+    }
+    let place = |r: &RangeStatus| format!("{} bytes at {}", r.length_bytes, r.offset_bytes);
+    let mut places: Vec<String> = resync.unreadable.iter().map(place).collect();
+    let named: u64 = resync.unreadable.iter().map(|r| r.length_bytes).sum();
+    if named < resync.unreadable_blocks.saturating_mul(4096) {
+        places.push("and more".to_owned());
+    }
+    Some(format!("{}; the resync ends once they are written anew", places.join(", ")))
 }
 
 fn row(volume: &VolumeStatus) -> [String; 6] {
@@ -250,7 +269,9 @@ mod tests {
                 "copy": "up-to-date", "peer_copy": "inconsistent", "generation": null, "dirty_blocks": 3,
                 "block_bytes": 4096,
                 "resync": { "role": "source", "phase": "disk", "total_bytes": 4096, "left_bytes": 1024,
-                            "sent_bytes": 0, "rate_bytes_per_s": 1024, "eta_s": 1, "pace": "idle" } },
+                            "sent_bytes": 0, "rate_bytes_per_s": 1024, "eta_s": 1, "pace": "idle",
+                            "unreadable_blocks": 1,
+                            "unreadable": [{ "offset_bytes": 286_720, "length_bytes": 4096 }] } },
               { "name": "a-longer-name", "size_bytes": null, "device": null, "nbd": "/run/x.nbd", "copy": "blank",
                 "peer_copy": "unknown", "generation": null, "dirty_blocks": 0, "block_bytes": 4096, "resync": null }
             ],
@@ -268,6 +289,7 @@ shop  alpha: syncing, primary   epoch 3 (alpha)
   VOLUME         SIZE     COPY        PEER COPY     DIRTY     DEVICE
   data           1.0 GiB  up-to-date  inconsistent  12.0 KiB  /dev/duplex/data
     resync as source: disk 75 %, 1.0 KiB to go, 1.0 KiB/s, 1 s left (idle)
+    unreadable here: 4096 bytes at 286720; the resync ends once they are written anew
   a-longer-name  -        blank       unknown       0 B       /run/x.nbd";
         assert_eq!(text, wanted);
     }

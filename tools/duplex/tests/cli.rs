@@ -519,6 +519,8 @@ fn resync_is_watched_to_its_end() {
         rate_bytes_per_s: 1 << 20,
         eta_s: Some(1),
         pace: "idle".to_owned(),
+        unreadable_blocks: 0,
+        unreadable: Vec::new(),
     };
     fake.status.send_replace(page(State::Syncing, Role::Primary, Some(resync)));
     use std::io::{BufRead, Read};

@@ -3,10 +3,17 @@
 use super::server::{Server, Serving, newer};
 use super::session::Phase;
 use super::steps::Step;
-use crate::format::record::{Era, Origin};
+use crate::format::record::{CopyRecord, Era, Origin, ServerRecord};
 use crate::ids::{ByteRange, Epoch, Generation, SessionId};
 use crate::message::ControlMessage;
-use crate::mirror::api::{CopyChange, MapReach, Order, ServeMode};
+use crate::mirror::api::{CopyChange, Facts, MapReach, Order, ServeMode};
+
+/// What stood before a G4 that is not finished.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) struct Attempt {
+    record: ServerRecord,
+    copies: Vec<CopyRecord>,
+}
 
 impl Server {
     /// G4: freeze, take the right (here without a register: the operator's word or the silence), flush and
@@ -15,12 +22,17 @@ impl Server {
         if matches!(self.serving, Serving::GoingAlone | Serving::Alone) {
             return;
         }
+        if self.volumes.iter().any(|v| v.failed.is_some()) {
+            return self.cannot_go_alone();
+        }
         let frozen_before = self.frozen_since;
         self.freeze();
         self.frozen_since = frozen_before.or(Some(self.now));
         self.drop_roles_in_session();
         self.take_return_back();
         let number = self.next_epoch_number();
+        self.attempt =
+            Some(Attempt { record: self.record.clone(), copies: self.copies().cloned().collect() });
         self.begin_solo_record(number);
         let generations: Vec<CopyChange> = (0..self.volumes.len())
             .map(|at| {
@@ -73,6 +85,8 @@ impl Server {
             return;
         }
         self.waiting_to_serve = None;
+        self.attempt = None;
+        self.solo_unfinished = false;
         self.order_all(&Order::Serve { mode: ServeMode::Alone, epoch });
         let reason = self.reason.clone();
         self.frozen_since = None;
@@ -91,16 +105,62 @@ impl Server {
         }
     }
 
+    /// G4 writes every copy, and one is failed: nothing may complete here any more. The clients learn it; the peer's
+    /// copies are whole, it takes the service when it is met or promoted.
+    fn cannot_go_alone(&mut self) {
+        let reason = format!("this server cannot go alone: {}", self.why_not_current());
+        self.transition("dying", &reason, Self::stop_serving);
+    }
+
+    /// A solo run is being taken up again (T2): its records stand already, the new ones only carry a number.
+    fn resumes_solo(&self) -> bool {
+        let going = self.is_pending(|step| matches!(step, Step::GoneAlone { .. }));
+        self.serving == Serving::GoingAlone
+            && self.attempt.is_none()
+            && (going || self.waiting_to_serve.is_some())
+    }
+
+    /// A copy failed before anything completed alone. No volume may be left with a generation that the others lack:
+    /// the servers would each be the source of some volume (`mixed-sources`).
+    fn give_up_going_alone(&mut self) {
+        let attempt = self.attempt.take();
+        self.cannot_go_alone();
+        let Some(Attempt { record, copies }) = attempt else {
+            return;
+        };
+        self.record.era = record.era;
+        self.record.last_primary = record.last_primary;
+        self.record.was_primary = record.was_primary;
+        let changes = copies.into_iter().map(|copy| CopyChange::TakeBack { before: Box::new(copy) });
+        self.record_all(Step::TakenBack, changes.collect(), true);
+    }
+
     /// T2: the superblock says that this server runs alone, and nothing newer can be anywhere else. It goes
-    /// on under a new number.
+    /// on under a new number. A volume that lacks the record is settled with the peer, or by the operator's word:
+    /// nothing was completed alone before all had it.
     pub(super) fn resume_solo(&mut self) {
-        if self.record.era.is_solo() && self.record.was_primary && self.all_up_to_date() {
-            self.take_up_solo("it ran alone when it stopped");
+        if !(self.record.era.is_solo() && self.record.was_primary && self.all_up_to_date()) {
+            return;
+        }
+        let lacks = |facts: &Facts| !facts.server.era.is_solo() && facts.server.order() < self.record.order();
+        let lacking = self.volumes.iter().position(|v| v.facts.as_ref().is_some_and(lacks));
+        self.solo_unfinished = lacking.is_some();
+        match lacking {
+            None => self.take_up_solo("it ran alone when it stopped"),
+            Some(at) => {
+                self.reason = format!(
+                    "this server ended while it went alone (volume {} lacks the record), so nothing was completed \
+                     alone: it waits for {}; if that is down: `duplex promote --peer-is-down`",
+                    self.name(at),
+                    self.config.peer
+                );
+            }
         }
     }
 
     pub(super) fn take_up_solo(&mut self, reason: &str) {
         let number = self.next_epoch_number();
+        self.attempt = None;
         self.begin_solo_record(number);
         let reason = reason.to_owned();
         self.transition("resumed-alone", &reason, |s| s.serving = Serving::GoingAlone);
@@ -124,6 +184,8 @@ impl Server {
         self.event_with("disk-failed", text.clone(), "a write or flush failed here", fields);
         let volume = u16::try_from(at).unwrap_or(u16::MAX);
         let session = self.in_step_session();
+        let resumes = self.resumes_solo();
+        self.steps_lose_volume(at, resumes);
         match (self.serving, session) {
             (Serving::Mirrored, Some(session)) => {
                 // The peer's copy is whole: it takes the service once nothing completes here any more, and
@@ -132,8 +194,15 @@ impl Server {
                 self.transition("dying", &text, |s| s.serving = Serving::Front);
                 self.order_all(&Order::Freeze { tag: Some(tag) });
             }
+            (Serving::GoingAlone, _) if !resumes => self.give_up_going_alone(),
+            // The peer has adopted everything: it is the source of nothing and lacks nothing. Both say so anew, then
+            // it serves (D4).
+            (Serving::Returning, _) => {
+                self.cannot_go_alone();
+                self.close_session("this copy failed");
+            }
             // Alone, requests get the error; a frozen server has nobody to give the service to.
-            (Serving::Alone | Serving::GoingAlone | Serving::Mirrored | Serving::Returning, _) => {
+            (Serving::Alone | Serving::GoingAlone | Serving::Mirrored, _) => {
                 self.send(ControlMessage::CopyFailed { volume, errno });
             }
             (Serving::Front, _) => {}
@@ -184,13 +253,16 @@ impl Server {
             Serving::Mirrored | Serving::Returning => {
                 self.go_alone("the peer's copy failed", Origin::Solo);
             }
-            Serving::No if mirrored && self.all_up_to_date() => {
+            Serving::No if mirrored && self.all_up_to_date() => match self.session.as_mut() {
                 // The primary gave its service up: this copy holds everything it acknowledged.
-                if let Some(session) = self.session.as_mut() {
-                    session.host = session.peer_primary;
+                Some(session) if session.peer_primary => {
+                    session.host = true;
+                    session.peer_primary = false;
+                    self.go_alone("takeover: the primary's copy failed", Origin::Solo);
                 }
-                self.go_alone("takeover: the primary's copy failed", Origin::Solo);
-            }
+                // Nobody served, and nobody asked for a primary.
+                Some(_) | None => self.reason = super::session::waits_for_promote(&self.config.peer),
+            },
             Serving::No | Serving::Alone | Serving::GoingAlone | Serving::Front => {}
         }
     }
