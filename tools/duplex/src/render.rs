@@ -29,7 +29,7 @@ pub(crate) fn status(page: &Status, paint: Paint) -> String {
     if let Some(refusal) = &page.refusal {
         let value = |value: &Option<String>| value.clone().unwrap_or_else(|| "-".to_owned());
         let text = format!(
-            "{} by rule {}: mine {}, theirs {}",
+            "{} by {}: mine {}, theirs {}",
             refusal.code,
             value(&refusal.rule),
             value(&refusal.mine),
@@ -162,7 +162,8 @@ pub(crate) fn event(record: &EventRecord, paint: Paint) -> String {
         (Some(before), Some(after)) if before != after => format!(" [{before} -> {after}]"),
         _ => String::new(),
     };
-    let reason = if record.reason.is_empty() { String::new() } else { format!(" ({})", record.reason) };
+    let told = record.reason.is_empty() || record.text.contains(&record.reason);
+    let reason = if told { String::new() } else { format!(" ({})", record.reason) };
     format!(
         "{}  {}  {}  {}{change}{reason}",
         paint.ink(Ink::Faint, record.time),
@@ -282,7 +283,7 @@ mod tests {
         let wanted = "\
 shop  alpha: syncing, primary   epoch 3 (alpha)
   reason   takeover
-  refused  foreign by rule D1: mine 1, theirs -
+  refused  foreign by D1: mine 1, theirs -
   peer     beta: syncing, secondary, heard 41 ms ago
   policy   manual
   link     path 0 up  10.9.0.1:7700 - 10.9.0.2:7700  rtt 0.180 ms  sent 2.0 KiB  received 0 B

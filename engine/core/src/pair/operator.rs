@@ -91,6 +91,17 @@ impl Server {
         if volume.gone {
             return self.answer(token, Ok("detached already".to_owned()));
         }
+        if volume.failed.is_none() && self.is_primary() && self.in_step_session().is_none() {
+            let text = format!(
+                "this server serves without its peer: its copy of volume {} is the only current one. `duplex status --wait \
+                 mirrored` first, then `duplex switchover`",
+                self.name(usize::from(index.0))
+            );
+            return self.answer(token, refuse("last-copy", text));
+        }
+        let Some(volume) = self.volumes.get_mut(usize::from(index.0)) else {
+            return;
+        };
         volume.gone = lets_go;
         if lets_go {
             self.on_my_copy_failed(usize::from(index.0), ENODEV, None);
@@ -241,8 +252,9 @@ impl Server {
         let failed = self.volumes.iter().enumerate().find_map(|(at, v)| Some((at, v.failed?)));
         if let Some((at, errno)) = failed {
             let (name, peer) = (self.name(at), &self.config.peer);
+            let words = super::solo::errno_words(errno);
             return format!(
-                "volume {name}: this copy is failed (errno {errno}); the good copy is {peer}'s: `duplex promote` \
+                "volume {name}: this copy is failed ({words}); the good copy is {peer}'s: `duplex promote` \
                  there, and `duplex attach {name}` here once the disk is replaced"
             );
         }

@@ -9,6 +9,7 @@ use crate::format::record::{CopyState, Era, Origin};
 use crate::ids::{Epoch, Generation, Incarnation, SessionId, VolumeIndex};
 use crate::message::{ControlMessage, Hello, LiveState, PROTOCOL_VERSION, VolumeHello};
 use crate::mirror::api::{CopyChange, CopyPlan, Order, Part};
+use crate::resync::decide::WaitFor;
 use crate::resync::pair::{PairDecision, PairOutcome, Primary, decide_pair, who_is_primary};
 use crate::time::Instant;
 
@@ -345,9 +346,14 @@ impl Server {
         let rule = decision.rule.to_string();
         match decision.outcome {
             PairOutcome::Refuse { code, mine, theirs } => self.refuse(code, &rule, mine, theirs),
-            PairOutcome::Wait(_) => {
+            PairOutcome::Wait(what) => {
                 self.set_phase(Phase::Hello);
-                self.reason = format!("waits: {rule}");
+                self.reason = match what {
+                    WaitFor::Activate => {
+                        format!("no copy is activated yet ({rule}): `duplex activate` on one server, once")
+                    }
+                    WaitFor::Settled => format!("waits until a server has taken its right ({rule})"),
+                };
             }
             PairOutcome::SplitBrain => self.split_brain(&rule),
             PairOutcome::InStep { i_am_source } => self.in_step(i_am_source, primary, &rule),

@@ -175,7 +175,7 @@ impl Server {
         self.volumes[at].failed = Some(errno);
         self.eligible = false;
         let place = range.map_or_else(String::new, |r| format!(" at {r}"));
-        let text = format!("volume {}: this copy failed (errno {errno}){place}", self.name(at));
+        let text = format!("volume {}: this copy failed ({}){place}", self.name(at), errno_words(errno));
         let mut fields = std::collections::BTreeMap::new();
         fields.insert("errno".to_owned(), errno.to_string());
         if let Some(range) = range {
@@ -210,6 +210,7 @@ impl Server {
                 self.send(ControlMessage::CopyFailed { volume, errno });
                 self.order_all(&Order::Leave);
                 self.set_phase(Phase::OneCopy);
+                self.reason = self.why_not_current();
             }
         }
     }
@@ -244,7 +245,7 @@ impl Server {
         if let Some(copy) = self.peer_copies.get_mut(at) {
             *copy = Some(crate::format::record::CopyState::Failed);
         }
-        let text = format!("volume {}: the peer's copy failed (errno {errno})", self.name(at));
+        let text = format!("volume {}: the peer's copy failed ({})", self.name(at), errno_words(errno));
         self.event("disk-failed", text, "the peer says so");
         let mirrored = phase == Phase::Mirrored;
         self.order_all(&Order::Leave);
@@ -263,7 +264,32 @@ impl Server {
                 // Nobody served, and nobody asked for a primary.
                 Some(_) | None => self.reason = super::session::waits_for_promote(&self.config.peer),
             },
-            Serving::No | Serving::Alone | Serving::GoingAlone | Serving::Front => {}
+            Serving::Alone | Serving::GoingAlone => {
+                let (name, peer) = (self.name(at), &self.config.peer);
+                self.reason = format!(
+                    "{peer}'s copy of volume {name} failed ({}): nothing is mirrored; mend its disk, then `duplex attach \
+                     {name}` there",
+                    errno_words(errno)
+                );
+            }
+            Serving::No | Serving::Front => {}
         }
     }
+}
+
+/// An errno in words and as its number; the core has no system to ask.
+pub(super) fn errno_words(errno: i32) -> String {
+    let words = match errno {
+        5 => "input/output error",
+        19 => "detached",
+        28 => "no space left on the device",
+        30 => "read-only file system",
+        61 => "no data available",
+        75 => "a number too large",
+        110 => "no answer in time",
+        121 => "remote input/output error",
+        122 => "disk quota exceeded",
+        _ => return format!("errno {errno}"),
+    };
+    format!("{words}, errno {errno}")
 }

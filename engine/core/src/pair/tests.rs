@@ -123,7 +123,7 @@ impl Node {
                 disk.failed = true;
                 Some(Report::CopyFailed { whose: Whose::Mine, errno, range: None })
             }
-            Order::Join { .. } | Order::Leave | Order::Host { .. } | Order::Pace(_) | Order::MarkAll => None,
+            Order::Join { .. } | Order::Leave | Order::Host { .. } | Order::Pace(_) => None,
         }
     }
 }

@@ -68,6 +68,10 @@ impl Daemon {
 
     fn reason(&self, now: Instant) -> String {
         let server = &self.server;
+        if let (None, Some(refused)) = (server.session_view(), &self.link_refusal) {
+            let fix = super::input::link_remedy(&refused.code);
+            return format!("{}; the link refuses the peer ({}): {fix}", server.reason(), refused.code);
+        }
         if server.session_view().is_none() && server.role_word() == "secondary" {
             let heard_s = self.last_heard.map(|at| now.since(at).as_secs());
             let heard = heard_s.map_or("never".to_owned(), |s| format!("{s} s ago"));

@@ -95,3 +95,38 @@ fn a_primary_with_a_failed_copy_ends_its_service_before_the_good_one_begins() {
     let stopped = bench.nodes[B].disks[0].serve.is_none();
     assert!(stopped);
 }
+
+#[test]
+fn the_last_copy_is_not_detached() {
+    let mut bench = Bench::mirrored(1, Some(A));
+    let token = bench.ask(B, Operator::Detach(VolumeIndex(0)));
+    assert!(bench.answer(B, token).is_some_and(Result::is_ok));
+    bench.advance(300);
+    assert_eq!(bench.live(A), LiveState::Alone);
+    let refusal = bench.refused(A, Operator::Detach(VolumeIndex(0)));
+    assert_eq!(refusal.code, "last-copy");
+    assert!(bench.serves(A));
+    let reason = bench.nodes[A].server.reason().to_owned();
+    assert!(reason.contains("copy failed"), "{reason}");
+    let reason = bench.nodes[B].server.reason().to_owned();
+    assert!(reason.contains("failed") && reason.contains("duplex attach v0"), "{reason}");
+}
+
+#[test]
+fn a_server_without_a_disk_can_be_demoted_and_gets_its_disk_back() {
+    let mut bench = Bench::mirrored(1, Some(A));
+    bench.cut();
+    bench.advance(1500);
+    assert_eq!(bench.live(A), LiveState::Alone);
+    bench.disk_fails(A, 0);
+    let token = bench.ask(A, Operator::Demote);
+    assert!(bench.answer(A, token).is_some_and(Result::is_ok), "its failed disk takes no record");
+    assert!(!bench.serves(A));
+    // The disk only was away: it is taken again.
+    bench.nodes[A].disks[0].failed = false;
+    bench.input(A, Input::Reopened(VolumeIndex(0)));
+    bench.load(A);
+    bench.meet();
+    bench.advance(300);
+    assert_eq!(bench.live(A), LiveState::Syncing, "its solo blocks are the newest");
+}
