@@ -118,7 +118,7 @@ impl Node {
                 disk.serve = None;
                 tag.map(|tag| Report::Drained { tag })
             }
-            Order::Drain { tag } => Some(Report::Drained { tag }),
+            Order::Drain { tag } | Order::TellMarks { tag } => Some(Report::Drained { tag }),
             Order::Fail { errno } => {
                 disk.failed = true;
                 Some(Report::CopyFailed { whose: Whose::Mine, errno, range: None })
