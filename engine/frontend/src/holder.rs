@@ -27,7 +27,7 @@ use rustix::net::{
     recvmsg, sendmsg, socket_with,
 };
 
-pub use client::{HolderClient, start_holder};
+pub use client::{HolderClient, start_holder, wait_for_end};
 
 use crate::fuse::connection_is_alive;
 

@@ -3,6 +3,8 @@
 use std::fmt;
 use std::path::Path;
 
+use duplex_core::format::superblock;
+
 use crate::backing::{Access, BackingConfig};
 use crate::error::StoreError;
 use crate::meta_io::MetaIo;
@@ -104,6 +106,12 @@ const MD_MAGIC: &[u8] = &0xa92b_4efc_u32.to_le_bytes();
 const ZFS_MAGIC: &[u8] = &0x00ba_b10c_u64.to_le_bytes();
 
 const SIGNATURES: &[Signature] = &[
+    start("a copy of a volume of duplex, see `duplex dump`", 0, &superblock::MAGIC),
+    start(
+        "a copy of a volume of duplex, see `duplex dump`",
+        superblock::SUPERBLOCK_BYTES,
+        &superblock::MAGIC,
+    ),
     start("XFS", 0, b"XFSB"),
     start("btrfs", 0x10040, b"_BHRfS_M"),
     start("LUKS", 0, b"LUKS\xba\xbe"),

@@ -68,9 +68,17 @@ impl World {
 
     /// A chunk is sent.
     pub fn resync_sent(&mut self, host: Host, volume: usize, bytes: u64) {
+        let found = self.machines[host]
+            .process
+            .as_ref()
+            .map_or(0, |process| process.volumes[volume].machine.dirty_blocks() * BLOCK_BYTES);
         let budget = self.resync.volume(volume);
         if budget.source != host {
             return;
+        }
+        if budget.sent_bytes == 0 {
+            // A start that was cut off left the summary's number behind its page; now the page is read.
+            budget.allowed_bytes = budget.allowed_bytes.max(found);
         }
         budget.sent_bytes += bytes;
         let limit = budget.allowed_bytes + budget.allowed_bytes / 20 + SLACK_BYTES;
@@ -196,7 +204,9 @@ impl World {
                     self.oracle.returned_solo(volume, &covers);
                 }
             }
-            (LiveState::Returning, LiveState::Frozen) => self.cover.hit("G7 frozen after return"),
+            (LiveState::Returning, LiveState::Frozen | LiveState::Granted | LiveState::Alone) => {
+                self.cover.hit("G7 alone after a return that was cut off");
+            }
             (_, _) => {}
         }
     }

@@ -46,7 +46,7 @@ pub fn wanted() -> Vec<String> {
         "G6.2 adopted",
         "G6.3 return",
         "G6.5 mirrored",
-        "G7 frozen after return",
+        "G7 alone after a return that was cut off",
         "G8 new incarnation",
         "G9 handed over",
         "G10 unproven",

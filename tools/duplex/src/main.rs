@@ -9,6 +9,7 @@ mod progress;
 mod render;
 mod verbs;
 
+use std::io::Write;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -28,7 +29,8 @@ fn main() -> ExitCode {
     match verbs::run(cli) {
         Ok(exit) => ExitCode::from(exit.code()),
         Err(failure) => {
-            eprintln!("{}", failure.text);
+            // Also where nobody reads it any more.
+            let _ = writeln!(std::io::stderr(), "{}", failure.text);
             ExitCode::from(failure.exit.code())
         }
     }

@@ -1,6 +1,8 @@
 //! Pages for people: compact and aligned.
 
-use duplex_node::control::status::{CopyState, LinkPath, PathState, Role, State, Status, VolumeStatus};
+use duplex_node::control::status::{
+    CopyState, LinkPath, PathState, RangeStatus, ResyncStatus, Role, State, Status, VolumeStatus,
+};
 use duplex_node::events::EventRecord;
 
 use crate::output::{Ink, Paint};
@@ -27,7 +29,7 @@ pub(crate) fn status(page: &Status, paint: Paint) -> String {
     if let Some(refusal) = &page.refusal {
         let value = |value: &Option<String>| value.clone().unwrap_or_else(|| "-".to_owned());
         let text = format!(
-            "{} by rule {}: mine {}, theirs {}",
+            "{} by {}: mine {}, theirs {}",
             refusal.code,
             value(&refusal.rule),
             value(&refusal.mine),
@@ -120,9 +122,26 @@ fn volumes(all: &[VolumeStatus], paint: Paint) -> Vec<String> {
                 bytes(resync.rate_bytes_per_s),
                 resync.pace
             ));
+            if let Some(text) = unreadable(resync) {
+                lines.push(paint.ink(Ink::Bad, format!("    unreadable here: {text}")));
+            }
         }
     }
     lines
+}
+
+/// Blocks that hold the resync up; what writes them anew mends it.
+fn unreadable(resync: &ResyncStatus) -> Option<String> {
+    if resync.unreadable_blocks == 0 {
+        return None;
+    }
+    let place = |r: &RangeStatus| format!("{} bytes at {}", r.length_bytes, r.offset_bytes);
+    let mut places: Vec<String> = resync.unreadable.iter().map(place).collect();
+    let named: u64 = resync.unreadable.iter().map(|r| r.length_bytes).sum();
+    if named < resync.unreadable_blocks.saturating_mul(4096) {
+        places.push("and more".to_owned());
+    }
+    Some(format!("{}; the resync ends once they are written anew", places.join(", ")))
 }
 
 fn row(volume: &VolumeStatus) -> [String; 6] {
@@ -143,7 +162,8 @@ pub(crate) fn event(record: &EventRecord, paint: Paint) -> String {
         (Some(before), Some(after)) if before != after => format!(" [{before} -> {after}]"),
         _ => String::new(),
     };
-    let reason = if record.reason.is_empty() { String::new() } else { format!(" ({})", record.reason) };
+    let told = record.reason.is_empty() || record.text.contains(&record.reason);
+    let reason = if told { String::new() } else { format!(" ({})", record.reason) };
     format!(
         "{}  {}  {}  {}{change}{reason}",
         paint.ink(Ink::Faint, record.time),
@@ -250,7 +270,9 @@ mod tests {
                 "copy": "up-to-date", "peer_copy": "inconsistent", "generation": null, "dirty_blocks": 3,
                 "block_bytes": 4096,
                 "resync": { "role": "source", "phase": "disk", "total_bytes": 4096, "left_bytes": 1024,
-                            "sent_bytes": 0, "rate_bytes_per_s": 1024, "eta_s": 1, "pace": "idle" } },
+                            "sent_bytes": 0, "rate_bytes_per_s": 1024, "eta_s": 1, "pace": "idle",
+                            "unreadable_blocks": 1,
+                            "unreadable": [{ "offset_bytes": 286_720, "length_bytes": 4096 }] } },
               { "name": "a-longer-name", "size_bytes": null, "device": null, "nbd": "/run/x.nbd", "copy": "blank",
                 "peer_copy": "unknown", "generation": null, "dirty_blocks": 0, "block_bytes": 4096, "resync": null }
             ],
@@ -261,13 +283,14 @@ mod tests {
         let wanted = "\
 shop  alpha: syncing, primary   epoch 3 (alpha)
   reason   takeover
-  refused  foreign by rule D1: mine 1, theirs -
+  refused  foreign by D1: mine 1, theirs -
   peer     beta: syncing, secondary, heard 41 ms ago
   policy   manual
   link     path 0 up  10.9.0.1:7700 - 10.9.0.2:7700  rtt 0.180 ms  sent 2.0 KiB  received 0 B
   VOLUME         SIZE     COPY        PEER COPY     DIRTY     DEVICE
   data           1.0 GiB  up-to-date  inconsistent  12.0 KiB  /dev/duplex/data
     resync as source: disk 75 %, 1.0 KiB to go, 1.0 KiB/s, 1 s left (idle)
+    unreadable here: 4096 bytes at 286720; the resync ends once they are written anew
   a-longer-name  -        blank       unknown       0 B       /run/x.nbd";
         assert_eq!(text, wanted);
     }

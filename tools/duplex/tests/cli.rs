@@ -278,6 +278,31 @@ fn create_refuses_what_would_lose_data() {
 }
 
 #[test]
+fn a_backing_that_grew_keeps_its_copy_and_one_that_shrank_is_refused() {
+    let place = Place::new();
+    let image = place.path("data.img");
+    let grow = |bytes: u64| {
+        std::fs::File::options().write(true).open(&image).and_then(|f| f.set_len(bytes)).expect("resized");
+    };
+    grow(64 << 20);
+    let (code, _, err) = place.duplex(&["create", "data"]);
+    assert_eq!(code, 0, "{err}");
+    let (code, _, err) = place.duplex(&["create", "data"]);
+    assert_eq!(code, 1);
+    assert!(err.contains("a copy of a volume of duplex"), "{err}");
+    let (code, before, err) = place.duplex(&["dump", "data"]);
+    assert_eq!(code, 0, "{err}");
+    grow(96 << 20);
+    let (code, after, err) = place.duplex(&["dump", "data"]);
+    assert_eq!(code, 0, "{err}");
+    assert_eq!(before, after, "the old size goes on");
+    grow(32 << 20);
+    let (code, _, err) = place.duplex(&["dump", "data"]);
+    assert_ne!(code, 0);
+    assert!(err.contains("bring the old size back"), "{err}");
+}
+
+#[test]
 fn man_pages_and_completions_come_from_the_definitions() {
     let dir = tempfile::tempdir().expect("directory");
     let path = dir.path().to_str().expect("UTF-8");
@@ -519,6 +544,8 @@ fn resync_is_watched_to_its_end() {
         rate_bytes_per_s: 1 << 20,
         eta_s: Some(1),
         pace: "idle".to_owned(),
+        unreadable_blocks: 0,
+        unreadable: Vec::new(),
     };
     fake.status.send_replace(page(State::Syncing, Role::Primary, Some(resync)));
     use std::io::{BufRead, Read};

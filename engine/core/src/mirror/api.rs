@@ -95,6 +95,11 @@ pub enum CopyChange {
         /// The new one.
         generation: Generation,
     },
+    /// Going alone was given up before anything completed: the lineage is again what it was before G4.
+    TakeBack {
+        /// The record as it was.
+        before: Box<CopyRecord>,
+    },
     /// G5: becomes a target, inconsistent towards this generation.
     Target {
         /// The source's generation.

@@ -6,6 +6,7 @@ use std::time::Duration;
 use super::api::{CopyPlan, Pace, Part, Priority, Progress, Report, ServeMode};
 use super::holes::{Holes, Piece};
 use super::lock::Access;
+use super::unreadable::Unreadable;
 use super::volume::{DiskPurpose, Holder, Joined, Serve, SessionRole, Volume};
 use crate::dirty_log::{DirtyLog, NextDirty};
 use crate::ids::{BufferId, ByteRange, SessionId};
@@ -26,8 +27,6 @@ const FLUSH_EVERY: Duration = Duration::from_secs(1);
 const FLUSH_EVERY_PAGES: usize = 4096;
 /// No further hole is begun while so many wait for their flush.
 const PAGES_MAX: usize = 2 * FLUSH_EVERY_PAGES;
-/// An unreadable block is tried again after this long.
-const UNREADABLE_RETRY: Duration = Duration::from_secs(1);
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Phase {
@@ -79,9 +78,10 @@ pub(super) struct Copying {
     paused: bool,
     priority: Priority,
     max_bytes_per_s: u64,
-    /// Not before this (rate cap, unreadable block).
+    /// Not before this (rate cap, unreadable blocks).
     not_before: Instant,
     pub(super) holes: Holes,
+    unreadable: Unreadable,
 }
 
 impl Copying {
@@ -105,6 +105,7 @@ impl Copying {
             max_bytes_per_s: 0,
             not_before: Instant(0),
             holes: Holes::new(),
+            unreadable: Unreadable::new(),
         }
     }
 
@@ -148,6 +149,7 @@ impl Copying {
         self.phase = Phase::Off;
         self.pages.clear();
         self.marks_end = None;
+        self.unreadable.clear();
     }
 
     fn in_flight(&self) -> usize {
@@ -295,12 +297,24 @@ impl Volume {
             && self.copying.in_flight() < self.window()
             && self.copying.phase == Phase::Chunks
         {
+            if let Some(block) = self.copying.unreadable.next_try() {
+                moved = true;
+                self.begin_chunk(block, 1, false);
+                continue;
+            }
             let max_blocks = self.copying.holes.longest_bytes() / self.block_bytes();
             let Some(log) = self.log.as_mut().filter(|log| log.copied_pages() < PAGES_MAX) else {
                 return moved;
             };
             match log.next_dirty(self.copying.cursor_block, max_blocks) {
                 NextDirty::Run { first_block, blocks } => {
+                    let (skipped, blocks) = self.copying.unreadable.readable(first_block, blocks);
+                    let first_block = first_block + skipped;
+                    self.copying.cursor_block = first_block;
+                    if blocks == 0 {
+                        moved = true;
+                        continue;
+                    }
                     let (blocks, zero) = match self.piece(first_block, blocks) {
                         Piece::Read(blocks) => (blocks, false),
                         Piece::Zero(blocks) => (blocks, true),
@@ -318,6 +332,9 @@ impl Volume {
                         return moved;
                     }
                     moved = true;
+                    if let Some(at) = self.copying.unreadable.pass_ended(self.now) {
+                        self.copying.not_before = self.copying.not_before.max(at);
+                    }
                 }
                 NextDirty::End => return self.end_chunks() || moved,
             }
@@ -363,6 +380,7 @@ impl Volume {
         if !zero {
             self.copying.hold_pace(self.now, range.length_bytes);
         }
+        self.copying.unreadable.begun(first_block);
         let slot = u32::try_from(slot).expect("chunks are as many as copy buffers");
         if self.locks.acquire(locked, Access::Exclusive, Holder::Copy(slot)) {
             self.copy_locked(slot);
@@ -418,13 +436,18 @@ impl Volume {
             DiskOutcome::Zeroes { .. } | DiskOutcome::Failed { .. } if chunk.zero => self.read_instead(slot),
             DiskOutcome::Done | DiskOutcome::Bytes(_) | DiskOutcome::Zeroes { .. } => {
                 self.set_sent(slot);
+                let block = self.block_bytes();
+                self.copying.unreadable.read(chunk.range.offset_bytes / block);
                 self.copying.sent_bytes += chunk.range.length_bytes;
                 self.send(VolumeMessage::Copy { id, range: chunk.range }, Some(chunk.buffer));
             }
             DiskOutcome::Failed { .. } => {
-                self.report(Report::Unreadable { range: chunk.range });
-                self.copying.not_before = self.now + UNREADABLE_RETRY;
                 self.drop_chunk(slot);
+                let block = self.block_bytes();
+                let first = chunk.range.offset_bytes / block;
+                if self.copying.unreadable.failed(first, chunk.range.length_bytes.div_ceil(block)) {
+                    self.report(Report::Unreadable { range: chunk.range });
+                }
             }
         }
     }
@@ -448,6 +471,14 @@ impl Volume {
             self.copying.hold_pace(self.now, bytes);
         }
         self.copy_locked(slot);
+    }
+
+    /// What the resync could not read here, and how many blocks that is: the first few ranges.
+    pub fn unreadable(&self) -> (u64, Vec<ByteRange>) {
+        let block = self.block_bytes();
+        let bytes = |(first, blocks)| ByteRange::new(first * block, blocks * block);
+        let known = &self.copying.unreadable;
+        (known.blocks(), known.runs().map(bytes).collect())
     }
 
     pub(super) fn on_copy_ack(&mut self, id: u64, outcome: RemoteOutcome) {

@@ -3,7 +3,8 @@
 //! Rooms: `api` (what goes in and out), `volume` (the machine), `start` (superblock, replay, G10), `record`
 //! (superblock writes), `client` (requests), `peer` (the peer's operations on this disk), `lock` (range
 //! locks), `flush` (own flushes, drain, return), `front` (a server
-//! without a disk and its host), `copy` (resync source), `target` (resync target).
+//! without a disk and its host), `copy` (resync source), `target` (resync target), `unreadable` (blocks
+//! that the source cannot read).
 
 pub mod api;
 mod client;
@@ -16,6 +17,9 @@ mod peer;
 mod record;
 mod start;
 mod target;
+#[cfg(test)]
+mod tests;
+mod unreadable;
 mod volume;
 
 pub use volume::{Volume, VolumeConfig};

@@ -200,6 +200,10 @@ impl Volume {
                 begin_generation(&mut next.copy, *generation, *origin, self.base_of(*reach));
                 false
             }
+            CopyChange::TakeBack { before } => {
+                take_back(&mut next.copy, before);
+                false
+            }
             CopyChange::Target { toward } => {
                 next.copy.state = CopyState::Inconsistent { toward: *toward };
                 false
@@ -314,6 +318,7 @@ const fn marks_everything(change: &CopyChange) -> bool {
         | CopyChange::Identity { .. }
         | CopyChange::NewGeneration { .. }
         | CopyChange::Target { .. }
+        | CopyChange::TakeBack { .. }
         | CopyChange::Outdated => false,
     }
 }
@@ -336,6 +341,16 @@ fn begin_generation(copy: &mut CopyRecord, generation: Generation, origin: Origi
     copy.origin = origin;
     copy.unproven = false;
     copy.state = CopyState::UpToDate;
+}
+
+/// The marks only grew meanwhile: they still tell everything that differs from `before.base`.
+fn take_back(copy: &mut CopyRecord, before: &CopyRecord) {
+    copy.generation = before.generation;
+    copy.history.clone_from(&before.history);
+    copy.base = before.base;
+    copy.origin = before.origin;
+    copy.unproven = before.unproven;
+    copy.state = before.state;
 }
 
 fn surrender(copy: &mut CopyRecord, to: Generation) {

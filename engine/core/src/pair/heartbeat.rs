@@ -1,5 +1,7 @@
 //! Heartbeats, the lease they carry, and silence (PROTOCOL section 6).
 
+use std::time::Duration;
+
 use super::server::{Server, Serving};
 use super::session::Phase;
 use crate::ids::Epoch;
@@ -19,7 +21,8 @@ impl Server {
         let alone = self.must_go_alone_at();
         let wait = self.waiting_to_serve.map(|_| self.serve_not_before);
         let stop = self.stopping.as_ref().map(|s| s.give_up_at);
-        [heartbeat, silence, lease, alone, wait, stop].into_iter().flatten().min()
+        let answers = self.operators_deadline();
+        [heartbeat, silence, lease, alone, wait, stop, answers].into_iter().flatten().min()
     }
 
     /// Completions need a lease.
@@ -70,6 +73,7 @@ impl Server {
         self.check_alone();
         self.check_wait();
         self.check_stop();
+        self.check_operators();
         self.beat();
     }
 
@@ -113,13 +117,20 @@ impl Server {
         }
         let in_step =
             self.session.as_ref().is_some_and(|s| matches!(s.phase, Phase::Mirrored | Phase::Returning));
-        (!in_step).then(|| self.in_step_heard + self.config.silent)
+        // A peer that was never told `mirrored` may not serve (C5): after a return that was cut off no silence has
+        // to pass. It may have adopted this generation, so there is a new one (G7).
+        let wait = if self.serving == Serving::Returning { Duration::ZERO } else { self.config.silent };
+        (!in_step).then(|| self.in_step_heard + wait)
     }
 
     fn check_alone(&mut self) {
         if self.must_go_alone_at().is_some_and(|at| self.now >= at) {
-            let silent_ms = self.now.since(self.in_step_heard).as_millis();
-            self.go_alone(&format!("link silent {silent_ms} ms"), crate::format::record::Origin::Solo);
+            let reason = if self.serving == Serving::Returning {
+                "the peer was lost before both counted as mirrored".to_owned()
+            } else {
+                format!("link silent {} ms", self.now.since(self.in_step_heard).as_millis())
+            };
+            self.go_alone(&reason, crate::format::record::Origin::Solo);
         }
     }
 

@@ -2,7 +2,7 @@
 //!
 //! Rooms: `api` (what goes in and out), `server` (the machine), `session` (hello, agreement, what follows
 //! from `decide`), `solo` (freezing and going alone, G4, G7), `rejoin` (the end of a resync, G6), `roles`
-//! (promote, demote, hand-over, G9), `operator` (commands), `stop` (orderly end), `steps` (records on all
+//! (promote, demote, hand-over, G9), `operator` (commands), `stop` (orderly end), `remedy` (what mends a refusal), `steps` (records on all
 //! volumes before anything follows from them), `heartbeat` (lease and silence).
 
 pub mod api;
@@ -11,6 +11,7 @@ mod full_copy;
 mod heartbeat;
 mod operator;
 mod rejoin;
+mod remedy;
 mod roles;
 mod server;
 mod session;
@@ -18,6 +19,8 @@ mod solo;
 mod split;
 mod steps;
 mod stop;
+#[cfg(test)]
+mod tests;
 
 pub use explain::{Direction, Explained};
 pub use server::{Server, SessionView, VolumeView};

@@ -1,5 +1,7 @@
 //! What the operator may ask, and when it is refused.
 
+use std::time::Duration;
+
 use super::api::{Operator, OperatorToken, Refusal};
 use super::server::{Server, Serving};
 use super::session::Phase;
@@ -9,6 +11,15 @@ use crate::ids::{Epoch, Generation, PairId, VolumeId, VolumeIndex};
 use crate::limits::SIZE_ALIGN_BYTES;
 use crate::message::ControlMessage;
 use crate::mirror::api::{CopyChange, Order, Pace};
+use crate::time::Instant;
+
+/// A command that is not answered yet.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) struct Asked {
+    pub(super) token: OperatorToken,
+    pub(super) waiting: Waiting,
+    since: Instant,
+}
 
 /// What an operator's command waits for.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -31,6 +42,10 @@ pub(super) fn refuse(code: &'static str, text: impl Into<String>) -> Result<Stri
 
 /// ESTALE-like errno told for a copy that the operator detached: no device.
 const ENODEV: i32 = 19;
+
+/// A peer that does not answer a command within this time never will: it lives (else the session would be over), but a
+/// disk or a device there does not let go. Longer than `stall_ms`, after which such a disk counts as failed.
+const ANSWER_WAIT: Duration = Duration::from_secs(20);
 
 /// So many commands may wait until the disks are read.
 const EARLY_MAX: usize = 64;
@@ -76,6 +91,17 @@ impl Server {
         if volume.gone {
             return self.answer(token, Ok("detached already".to_owned()));
         }
+        if volume.failed.is_none() && self.is_primary() && self.in_step_session().is_none() {
+            let text = format!(
+                "this server serves without its peer: its copy of volume {} is the only current one. `duplex status --wait \
+                 mirrored` first, then `duplex switchover`",
+                self.name(usize::from(index.0))
+            );
+            return self.answer(token, refuse("last-copy", text));
+        }
+        let Some(volume) = self.volumes.get_mut(usize::from(index.0)) else {
+            return;
+        };
         volume.gone = lets_go;
         if lets_go {
             self.on_my_copy_failed(usize::from(index.0), ENODEV, None);
@@ -143,6 +169,7 @@ impl Server {
         self.record.era = Era::Solo(number);
         self.record.last_primary = number;
         self.record.was_primary = true;
+        self.attempt = None;
         self.serving = Serving::GoingAlone;
         self.record_all(Step::Activated { token }, changes, true);
     }
@@ -172,20 +199,25 @@ impl Server {
         let phase = self.session.as_ref().map(|s| (s.phase.clone(), s.peer_primary));
         match phase {
             Some((Phase::Mirrored, true)) => {
-                self.operators.push((token, Waiting::HandOver));
+                self.wait(token, Waiting::HandOver);
                 self.send(ControlMessage::HandOverAsk);
             }
             Some((Phase::Mirrored, false)) => {
                 let number = self.next_epoch_number();
                 let epoch = Epoch { number, holder: Some(self.config.name.clone()) };
-                self.operators.push((token, Waiting::Promote { number }));
+                self.wait(token, Waiting::Promote { number });
                 self.send(ControlMessage::PromoteAsk { epoch });
             }
             Some((Phase::Syncing { .. } | Phase::Returning, false))
                 if self.session.as_ref().is_some_and(|s| s.i_am_source == Some(true)) =>
             {
-                self.operators.push((token, Waiting::Alone));
+                self.wait(token, Waiting::Alone);
                 self.go_alone("promoted by the operator while it copies to the peer", Origin::Solo);
+            }
+            // The peer's copy is failed, and it does not serve: nobody can hold anything newer (G12).
+            Some((Phase::OneCopy, false)) if self.eligible => {
+                self.wait(token, Waiting::Alone);
+                self.go_alone("promoted by the operator; the peer's copy is failed", Origin::Solo);
             }
             Some((Phase::SplitBrain, _)) => {
                 let text =
@@ -193,11 +225,22 @@ impl Server {
                 self.answer(token, refuse("split-brain", text));
             }
             Some(_) | None if self.record.era.is_solo() => {
-                // Its own solo right was never given back: nobody can hold anything newer.
-                self.operators.push((token, Waiting::Alone));
-                self.take_up_solo("promoted by the operator; it holds the solo right");
+                self.wait(token, Waiting::Alone);
+                if self.solo_is_unfinished() {
+                    self.go_alone("promoted by the operator", Origin::Solo);
+                } else {
+                    // Its own solo right was never given back: nobody can hold anything newer.
+                    self.take_up_solo("promoted by the operator; it holds the solo right");
+                }
             }
-            Some(_) | None => {
+            Some(_) => {
+                let text = format!(
+                    "the peer is heard, but there is no agreement with it on who serves ({}); see `duplex explain`",
+                    self.reason
+                );
+                self.answer(token, refuse("peer-not-heard", text));
+            }
+            None => {
                 let text = "the peer is not heard, so it may be primary. If it is down: \
                             `duplex promote --peer-is-down`";
                 self.answer(token, refuse("peer-not-heard", text));
@@ -205,11 +248,19 @@ impl Server {
         }
     }
 
-    fn why_not_current(&self) -> String {
+    pub(super) fn why_not_current(&self) -> String {
+        let failed = self.volumes.iter().enumerate().find_map(|(at, v)| Some((at, v.failed?)));
+        if let Some((at, errno)) = failed {
+            let (name, peer) = (self.name(at), &self.config.peer);
+            let words = super::solo::errno_words(errno);
+            return format!(
+                "volume {name}: this copy is failed ({words}); the good copy is {peer}'s: `duplex promote` \
+                 there, and `duplex attach {name}` here once the disk is replaced"
+            );
+        }
         let bad = self.volumes.iter().enumerate().find_map(|(at, v)| {
-            let copy = v.facts.as_ref().map(|f| &f.copy)?;
-            let word = if v.failed.is_some() { "failed" } else { copy.state.word() };
-            (word != "up-to-date").then_some((at, word))
+            let state = v.facts.as_ref().map(|f| f.copy.state)?;
+            (state != CopyState::UpToDate).then_some((at, state.word()))
         });
         match bad {
             Some((at, word)) => format!("volume {}: this copy is {word}", self.name(at)),
@@ -238,7 +289,7 @@ impl Server {
             return self.answer(token, refuse("not-proven-current", text));
         }
         self.serve_not_before = self.last_heard + self.config.silent;
-        self.operators.push((token, Waiting::Alone));
+        self.wait(token, Waiting::Alone);
         self.go_alone("takeover: the operator says that the peer is down", Origin::Solo);
     }
 
@@ -262,7 +313,7 @@ impl Server {
             return self.answer(token, refuse("wrong-generation", text));
         }
         self.serve_not_before = self.last_heard + self.config.silent;
-        self.operators.push((token, Waiting::Alone));
+        self.wait(token, Waiting::Alone);
         self.go_alone("forced by the operator: data may be lost", Origin::Forced);
     }
 
@@ -324,39 +375,111 @@ impl Server {
         self.answer(token, Ok("done".to_owned()));
     }
 
+    /// The command is answered later.
+    pub(super) fn wait(&mut self, token: OperatorToken, waiting: Waiting) {
+        self.operators.push(Asked { token, waiting, since: self.now });
+    }
+
+    /// The first command that waits for this.
+    pub(super) fn take_asked(&mut self, test: impl Fn(&Waiting) -> bool) -> Option<OperatorToken> {
+        let at = self.operators.iter().position(|asked| test(&asked.waiting))?;
+        Some(self.operators.remove(at).token)
+    }
+
     /// Commands that waited for this.
     pub(super) fn operators_gone_alone(&mut self) {
         let reason = format!("primary of epoch {}, alone", self.record.epoch_seen.number);
-        for (token, waiting) in std::mem::take(&mut self.operators) {
-            match waiting {
-                Waiting::Alone => self.answer(token, Ok(reason.clone())),
-                other @ (Waiting::Promote { .. }
-                | Waiting::HandOver
-                | Waiting::TakenOver { .. }
-                | Waiting::Resolve) => {
-                    self.operators.push((token, other));
-                }
-            }
+        while let Some(token) = self.take_asked(|waiting| *waiting == Waiting::Alone) {
+            self.answer(token, Ok(reason.clone()));
+        }
+    }
+
+    /// Going alone was given up.
+    fn not_alone(&self) -> Refusal {
+        Refusal {
+            code: "not-alone",
+            text: format!("this server did not become primary: {}", self.why_not_current()),
+        }
+    }
+
+    pub(super) fn operators_not_alone(&mut self) {
+        while let Some(token) = self.take_asked(|waiting| *waiting == Waiting::Alone) {
+            let refusal = self.not_alone();
+            self.answer(token, Err(refusal));
         }
     }
 
     pub(super) fn operators_lose_session(&mut self) {
-        for (token, waiting) in std::mem::take(&mut self.operators) {
-            match waiting {
-                Waiting::Alone => self.operators.push((token, waiting)),
+        for asked in std::mem::take(&mut self.operators) {
+            match asked.waiting {
+                Waiting::Alone => self.operators.push(asked),
                 Waiting::TakenOver { then_stop: true } => {
                     self.begin_stop(
-                        Some(token),
-                        "handed over; the peer was lost before it said that it took over",
+                        Some(asked.token),
+                        "handed over; the peer was lost before it said that it is primary: if it is not, \
+                         `duplex promote --peer-is-down` there",
                     );
                 }
                 Waiting::Promote { .. }
                 | Waiting::HandOver
                 | Waiting::TakenOver { then_stop: false }
                 | Waiting::Resolve => {
-                    self.answer(token, Err(super::roles::peer_lost()));
+                    self.answer(asked.token, Err(super::roles::peer_lost()));
                 }
             }
+        }
+    }
+
+    /// When the next command gets its answer although the peer gave none.
+    pub(super) fn operators_deadline(&self) -> Option<Instant> {
+        self.operators.iter().filter(|asked| asked.waiting.is_bounded()).map(|a| a.since + ANSWER_WAIT).min()
+    }
+
+    /// The peer lives and does not answer: nobody waits for ever.
+    pub(super) fn check_operators(&mut self) {
+        if self.operators_deadline().is_none_or(|at| self.now < at) {
+            return;
+        }
+        let now = self.now;
+        let late = |asked: &Asked| asked.waiting.is_bounded() && now >= asked.since + ANSWER_WAIT;
+        let (late, rest) = std::mem::take(&mut self.operators).into_iter().partition(late);
+        self.operators = rest;
+        for asked in late {
+            self.give_up_waiting(asked);
+        }
+    }
+
+    fn give_up_waiting(&mut self, asked: Asked) {
+        let (peer, waited_s) = (self.config.peer.clone(), ANSWER_WAIT.as_secs());
+        let text = match asked.waiting {
+            Waiting::TakenOver { then_stop: true } => {
+                let why = format!(
+                    "handed over; {peer} did not say that it is primary within {waited_s} s: see `duplex status` \
+                     there; if it is not, `duplex promote --peer-is-down` there"
+                );
+                return self.begin_stop(Some(asked.token), &why);
+            }
+            Waiting::TakenOver { then_stop: false } => format!(
+                "this server gave its role up, but {peer} did not say that it is primary within {waited_s} s; nobody \
+                 may be serving: see `duplex status` there, then `duplex promote` where it is to be primary"
+            ),
+            Waiting::Promote { .. } | Waiting::HandOver => format!(
+                "{peer} is heard, but did not give the role up within {waited_s} s; see `duplex status` there and \
+                 try again"
+            ),
+            // Not bounded: the first ends with the lease, the second takes as long as there are blocks to save.
+            Waiting::Alone | Waiting::Resolve => return self.operators.push(asked),
+        };
+        self.answer(asked.token, refuse("no-answer", text));
+    }
+}
+
+impl Waiting {
+    /// The peer alone can end the wait.
+    const fn is_bounded(&self) -> bool {
+        match self {
+            Self::Promote { .. } | Self::HandOver | Self::TakenOver { .. } => true,
+            Self::Alone | Self::Resolve => false,
         }
     }
 }

@@ -81,7 +81,7 @@ impl Server {
 
     /// The peer asks for the role while nobody serves. One of two askers wins by name.
     pub(super) fn on_promote_ask(&mut self, epoch: Epoch) {
-        let asking = self.operators.iter().any(|(_, w)| matches!(w, Waiting::Promote { .. }));
+        let asking = self.operators.iter().any(|asked| matches!(asked.waiting, Waiting::Promote { .. }));
         let i_win = asking && self.config.name < self.config.peer;
         let free = self.in_step_session().is_some()
             && self.serving == Serving::No
@@ -99,14 +99,10 @@ impl Server {
     }
 
     pub(super) fn on_promote_answer(&mut self, epoch: &Epoch, granted: bool, text: String) {
-        let at = self
-            .operators
-            .iter()
-            .position(|(_, w)| matches!(w, Waiting::Promote { number } if *number == epoch.number));
-        let Some(at) = at else {
+        let mine = |w: &Waiting| matches!(w, Waiting::Promote { number } if *number == epoch.number);
+        let Some(token) = self.take_asked(mine) else {
             return;
         };
-        let (token, _) = self.operators.remove(at);
         let free = self.session.as_ref().is_some_and(|s| !s.peer_primary);
         if granted && free {
             self.become_primary(Some(token));
@@ -155,22 +151,17 @@ impl Server {
         self.transition("switchover", "handed over to the peer", |_| ());
         if let Some(token) = token {
             // A goodbye before the peer is primary would end the session that its promotion needs.
-            self.operators.push((token, Waiting::TakenOver { then_stop }));
+            self.wait(token, Waiting::TakenOver { then_stop });
         }
     }
 
     /// The peer took over: what was waited for is done, and `down` goes on to its end.
     fn taken_over(&mut self) {
-        for (token, waiting) in std::mem::take(&mut self.operators) {
-            match waiting {
-                Waiting::TakenOver { then_stop: true } => self.begin_stop(Some(token), "handed over"),
-                Waiting::TakenOver { then_stop: false } => {
-                    self.answer(token, Ok("handed over; the peer is primary".to_owned()));
-                }
-                Waiting::Promote { .. } | Waiting::HandOver | Waiting::Alone | Waiting::Resolve => {
-                    self.operators.push((token, waiting));
-                }
-            }
+        while let Some(token) = self.take_asked(|w| *w == Waiting::TakenOver { then_stop: true }) {
+            self.begin_stop(Some(token), "handed over");
+        }
+        while let Some(token) = self.take_asked(|w| *w == Waiting::TakenOver { then_stop: false }) {
+            self.answer(token, Ok("handed over; the peer is primary".to_owned()));
         }
     }
 
@@ -181,8 +172,7 @@ impl Server {
         }
         self.peer_epoch = newer(&self.peer_epoch, &epoch);
         if self.in_step_session().is_some() && self.serving == Serving::No && self.stopping.is_none() {
-            let at = self.operators.iter().position(|(_, w)| *w == Waiting::HandOver);
-            let token = at.map(|at| self.operators.remove(at).0);
+            let token = self.take_asked(|w| *w == Waiting::HandOver);
             self.become_primary(token);
         }
     }
@@ -200,8 +190,7 @@ impl Server {
     }
 
     pub(super) fn on_hand_over_refused(&mut self, text: String) {
-        if let Some(at) = self.operators.iter().position(|(_, w)| *w == Waiting::HandOver) {
-            let (token, _) = self.operators.remove(at);
+        if let Some(token) = self.take_asked(|w| *w == Waiting::HandOver) {
             let code = if text.contains("in use") { "in-use" } else { "not-now" };
             self.answer(token, Err(super::api::Refusal { code, text }));
         }

@@ -93,6 +93,8 @@ pub struct Server {
     pub(super) pending: VecDeque<Pending>,
     /// What the record said before the return under way.
     pub(super) era_before_return: Era,
+    /// What stood before the G4 under way.
+    pub(super) attempt: Option<super::solo::Attempt>,
     pub(super) next_tag: u64,
     pub(super) ids_drawn: u64,
     pub(super) lease_until: Instant,
@@ -122,7 +124,7 @@ pub struct Server {
     /// What the resync of this session copied, by volume, once it is done.
     pub(super) resynced: Vec<Option<Resynced>>,
     pub(super) reason: String,
-    pub(super) operators: Vec<(OperatorToken, super::operator::Waiting)>,
+    pub(super) operators: Vec<super::operator::Asked>,
 }
 
 impl Server {
@@ -142,6 +144,7 @@ impl Server {
             session: None,
             pending: VecDeque::new(),
             era_before_return: Era::Pair,
+            attempt: None,
             next_tag: 1,
             ids_drawn: 0,
             lease_until: Instant::default(),
@@ -479,9 +482,17 @@ impl Server {
                 self.event("block-healed", text, "a read failed here");
             }
             Report::Unreadable { range } => {
-                let text =
-                    format!("volume {}: {range} cannot be read; the resync waits for it", self.name(at));
-                self.event("unreadable", text, "a read failed at the source of a resync");
+                let text = format!(
+                    "volume {}: {range} cannot be read here, and the peer lacks it: everything else is copied, and \
+                     the resync ends once this is written anew (restore what it belongs to)",
+                    self.name(at)
+                );
+                let fields = BTreeMap::from([
+                    ("volume".to_owned(), self.name(at).to_owned()),
+                    ("offset_bytes".to_owned(), range.offset_bytes.to_string()),
+                    ("length_bytes".to_owned(), range.length_bytes.to_string()),
+                ]);
+                self.event_with("unreadable", text, "a read failed at the source of a resync", fields);
             }
         }
     }

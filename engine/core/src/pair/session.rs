@@ -9,6 +9,7 @@ use crate::format::record::{CopyState, Era, Origin};
 use crate::ids::{Epoch, Generation, Incarnation, SessionId, VolumeIndex};
 use crate::message::{ControlMessage, Hello, LiveState, PROTOCOL_VERSION, VolumeHello};
 use crate::mirror::api::{CopyChange, CopyPlan, Order, Part};
+use crate::resync::decide::WaitFor;
 use crate::resync::pair::{PairDecision, PairOutcome, Primary, decide_pair, who_is_primary};
 use crate::time::Instant;
 
@@ -111,11 +112,9 @@ impl Server {
         self.eligible = match session.phase {
             Phase::Mirrored => self.all_up_to_date(),
             Phase::Hello | Phase::Refused { .. } => self.eligible,
-            Phase::SplitBrain
-            | Phase::Joining { .. }
-            | Phase::Syncing { .. }
-            | Phase::Returning
-            | Phase::OneCopy => false,
+            Phase::SplitBrain | Phase::Joining { .. } | Phase::Syncing { .. } | Phase::Returning => false,
+            // The other copy is the failed one: nobody can have gone on without this one.
+            Phase::OneCopy => self.eligible && self.all_up_to_date(),
         };
         if self.holds_lease_rule() {
             self.freeze();
@@ -271,6 +270,7 @@ impl Server {
             | Step::MapsWhole { .. }
             | Step::Activated { .. }
             | Step::MarksTold
+            | Step::TakenBack
             | Step::Noted => true,
             Step::GoneAlone { .. }
             | Step::DrainedForHandOver { .. }
@@ -347,9 +347,14 @@ impl Server {
         let rule = decision.rule.to_string();
         match decision.outcome {
             PairOutcome::Refuse { code, mine, theirs } => self.refuse(code, &rule, mine, theirs),
-            PairOutcome::Wait(_) => {
+            PairOutcome::Wait(what) => {
                 self.set_phase(Phase::Hello);
-                self.reason = format!("waits: {rule}");
+                self.reason = match what {
+                    WaitFor::Activate => {
+                        format!("no copy is activated yet ({rule}): `duplex activate` on one server, once")
+                    }
+                    WaitFor::Settled => format!("waits until a server has taken its right ({rule})"),
+                };
             }
             PairOutcome::SplitBrain => self.split_brain(&rule),
             PairOutcome::InStep { i_am_source } => self.in_step(i_am_source, primary, &rule),
@@ -357,7 +362,7 @@ impl Server {
             PairOutcome::Copy { i_am_source, right_first, parts } => {
                 let parts: Option<Vec<Part>> = parts.into_iter().collect();
                 match parts {
-                    None => self.one_copy(i_am_source, &rule),
+                    None => self.one_copy(i_am_source, primary, theirs, &rule),
                     Some(parts) if i_am_source => self.copy_out(right_first, primary, parts, &rule),
                     Some(parts) => self.copy_in(right_first, primary, parts, theirs, &rule),
                 }
@@ -381,7 +386,9 @@ impl Server {
         let known = self.session.as_ref().is_some_and(|s| s.phase == phase);
         self.set_phase(phase);
         if !known {
-            let text = format!("the peer is refused: {code} ({rule}): here {mine}, there {theirs}");
+            let hellos = self.session.as_ref().and_then(|s| Some((s.sent.as_ref()?, s.peer_hello.as_ref()?)));
+            let fix = hellos.map_or_else(String::new, |(a, b)| super::remedy::remedy(code, a, b));
+            let text = format!("the peer is refused: {code} ({rule}): here {mine}, there {theirs}. {fix}");
             self.reason.clone_from(&text);
             let fields = BTreeMap::from([
                 ("code".to_owned(), code.to_owned()),
@@ -400,15 +407,38 @@ impl Server {
         self.set_phase(Phase::Refused { code, rule: "peer".to_owned(), mine: String::new(), theirs: text });
     }
 
-    /// D4: one copy is failed, the other serves.
-    fn one_copy(&mut self, mine_is_good: bool, rule: &str) {
-        self.set_phase(Phase::OneCopy);
-        if mine_is_good && self.holds_lease_rule() {
-            self.go_alone(&format!("the peer's copy failed ({rule})"), Origin::Solo);
-        } else if !mine_is_good {
+    /// D4: one copy is failed, the other serves: at once where one of the servers was primary, else by the operator's
+    /// word. A server without a copy ends its service first; its next hello says so.
+    fn one_copy(&mut self, mine_is_good: bool, primary: Primary, theirs: &Hello, rule: &str) {
+        let peer = self.config.peer.clone();
+        if !mine_is_good {
+            self.eligible = false;
+            let served = self.is_primary();
             self.stop_serving();
+            self.set_phase(if served { Phase::Hello } else { Phase::OneCopy });
+            self.reason = format!(
+                "this copy is failed: nothing is mirrored ({rule}); {peer} has the good one. Replace the disk, then \
+                 `duplex attach VOLUME`"
+            );
+            return;
         }
-        self.reason = format!("one copy is failed: nothing is mirrored ({rule})");
+        if theirs.live.is_alone() || theirs.live.is_live_primary() {
+            return self.set_phase(Phase::Hello);
+        }
+        self.set_phase(Phase::OneCopy);
+        self.eligible = true;
+        match self.serving {
+            Serving::Alone | Serving::GoingAlone => {
+                self.reason = format!("{peer}'s copy is failed: nothing is mirrored ({rule})");
+            }
+            Serving::Mirrored | Serving::Returning => {
+                self.go_alone(&format!("the peer's copy failed ({rule})"), Origin::Solo);
+            }
+            Serving::No | Serving::Front if primary == Primary::Mine => {
+                self.go_alone(&format!("takeover: the peer's copy failed ({rule})"), Origin::Solo);
+            }
+            Serving::No | Serving::Front => self.reason = waits_for_promote(&peer),
+        }
     }
 
     /// D15 without a mark: nothing to copy.
@@ -552,9 +582,18 @@ impl Server {
         if self.serving != Serving::No {
             self.serving = Serving::No;
             self.waiting_to_serve = None;
+            self.attempt = None;
             self.order_all(&Order::Close);
+            self.operators_not_alone();
         }
     }
+}
+
+/// Nobody serves and one copy is left.
+pub(super) fn waits_for_promote(peer: &crate::ids::ServerName) -> String {
+    format!(
+        "{peer}'s copy is failed: nothing is mirrored, and nobody serves; `duplex promote` makes this server primary"
+    )
 }
 
 /// What a target writes before the first block: its identity if it is blank, and towards what it is copied.

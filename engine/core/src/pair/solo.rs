@@ -3,10 +3,18 @@
 use super::server::{Server, Serving, newer};
 use super::session::Phase;
 use super::steps::Step;
-use crate::format::record::{Era, Origin};
+use crate::format::record::{CopyRecord, Era, Origin, ServerRecord};
 use crate::ids::{ByteRange, Epoch, Generation, SessionId};
 use crate::message::ControlMessage;
 use crate::mirror::api::{CopyChange, MapReach, Order, ServeMode};
+
+/// What stood before a G4 that is not finished.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) struct Attempt {
+    record: ServerRecord,
+    copies: Vec<CopyRecord>,
+    lacks_solo: Vec<bool>,
+}
 
 impl Server {
     /// G4: freeze, take the right (here without a register: the operator's word or the silence), flush and
@@ -15,12 +23,20 @@ impl Server {
         if matches!(self.serving, Serving::GoingAlone | Serving::Alone) {
             return;
         }
+        if self.volumes.iter().any(|v| v.failed.is_some()) {
+            return self.cannot_go_alone();
+        }
         let frozen_before = self.frozen_since;
         self.freeze();
         self.frozen_since = frozen_before.or(Some(self.now));
         self.drop_roles_in_session();
         self.take_return_back();
         let number = self.next_epoch_number();
+        self.attempt = Some(Attempt {
+            record: self.record.clone(),
+            copies: self.copies().cloned().collect(),
+            lacks_solo: self.volumes.iter().map(|volume| volume.lacks_solo).collect(),
+        });
         self.begin_solo_record(number);
         for volume in &mut self.volumes {
             volume.lacks_solo = false;
@@ -76,6 +92,7 @@ impl Server {
             return;
         }
         self.waiting_to_serve = None;
+        self.attempt = None;
         self.order_all(&Order::Serve { mode: ServeMode::Alone, epoch });
         let reason = self.reason.clone();
         self.frozen_since = None;
@@ -94,17 +111,67 @@ impl Server {
         }
     }
 
+    /// G4 writes every copy, and one is failed: nothing may complete here any more. The clients learn it; the peer's
+    /// copies are whole, it takes the service when it is met or promoted.
+    fn cannot_go_alone(&mut self) {
+        let reason = format!("this server cannot go alone: {}", self.why_not_current());
+        self.transition("dying", &reason, Self::stop_serving);
+    }
+
+    /// A solo run is being taken up again (T2): its records stand already, the new ones only carry a number.
+    fn resumes_solo(&self) -> bool {
+        let going = self.is_pending(|step| matches!(step, Step::GoneAlone { .. }));
+        self.serving == Serving::GoingAlone
+            && self.attempt.is_none()
+            && (going || self.waiting_to_serve.is_some())
+    }
+
+    /// A copy failed before anything completed alone. No volume may be left with a generation that the others lack:
+    /// the servers would each be the source of some volume (`mixed-sources`).
+    fn give_up_going_alone(&mut self) {
+        let attempt = self.attempt.take();
+        self.cannot_go_alone();
+        let Some(Attempt { record, copies, lacks_solo }) = attempt else {
+            return;
+        };
+        for (volume, lacks) in self.volumes.iter_mut().zip(lacks_solo) {
+            volume.lacks_solo = lacks;
+        }
+        self.record.era = record.era;
+        self.record.last_primary = record.last_primary;
+        self.record.was_primary = record.was_primary;
+        let changes = copies.into_iter().map(|copy| CopyChange::TakeBack { before: Box::new(copy) });
+        self.record_all(Step::TakenBack, changes.collect(), true);
+    }
+
+    /// The last process ended in the middle of G4: nothing was completed in that solo run.
+    pub(super) fn solo_is_unfinished(&self) -> bool {
+        self.volumes.iter().any(|volume| volume.lacks_solo)
+    }
+
     /// T2: the superblock says that this server runs alone, and nothing newer can be anywhere else. It goes
-    /// on under a new number.
+    /// on under a new number. A volume that lacks the record is settled with the peer, or by the operator's word:
+    /// nothing was completed alone before all had it.
     pub(super) fn resume_solo(&mut self) {
-        let unfinished = self.volumes.iter().any(|volume| volume.lacks_solo);
-        if self.record.era.is_solo() && self.record.was_primary && self.all_up_to_date() && !unfinished {
-            self.take_up_solo("it ran alone when it stopped");
+        if !(self.record.era.is_solo() && self.record.was_primary && self.all_up_to_date()) {
+            return;
+        }
+        match self.volumes.iter().position(|volume| volume.lacks_solo) {
+            None => self.take_up_solo("it ran alone when it stopped"),
+            Some(at) => {
+                self.reason = format!(
+                    "this server ended while it went alone (volume {} lacks the record), so nothing was completed \
+                     alone: it waits for {}; if that is down: `duplex promote --peer-is-down`",
+                    self.name(at),
+                    self.config.peer
+                );
+            }
         }
     }
 
     pub(super) fn take_up_solo(&mut self, reason: &str) {
         let number = self.next_epoch_number();
+        self.attempt = None;
         self.begin_solo_record(number);
         let reason = reason.to_owned();
         self.transition("resumed-alone", &reason, |s| s.serving = Serving::GoingAlone);
@@ -119,7 +186,7 @@ impl Server {
         self.volumes[at].failed = Some(errno);
         self.eligible = false;
         let place = range.map_or_else(String::new, |r| format!(" at {r}"));
-        let text = format!("volume {}: this copy failed (errno {errno}){place}", self.name(at));
+        let text = format!("volume {}: this copy failed ({}){place}", self.name(at), errno_words(errno));
         let mut fields = std::collections::BTreeMap::new();
         fields.insert("errno".to_owned(), errno.to_string());
         if let Some(range) = range {
@@ -128,6 +195,8 @@ impl Server {
         self.event_with("disk-failed", text.clone(), "a write or flush failed here", fields);
         let volume = u16::try_from(at).unwrap_or(u16::MAX);
         let session = self.in_step_session();
+        let resumes = self.resumes_solo();
+        self.steps_lose_volume(at, resumes);
         match (self.serving, session) {
             (Serving::Mirrored, Some(session)) => {
                 // The peer's copy is whole: it takes the service once nothing completes here any more, and
@@ -136,8 +205,15 @@ impl Server {
                 self.transition("dying", &text, |s| s.serving = Serving::Front);
                 self.order_all(&Order::Freeze { tag: Some(tag) });
             }
+            (Serving::GoingAlone, _) if !resumes => self.give_up_going_alone(),
+            // The peer has adopted everything: it is the source of nothing and lacks nothing. Both say so anew, then
+            // it serves (D4).
+            (Serving::Returning, _) => {
+                self.cannot_go_alone();
+                self.close_session("this copy failed");
+            }
             // Alone, requests get the error; a frozen server has nobody to give the service to.
-            (Serving::Alone | Serving::GoingAlone | Serving::Mirrored | Serving::Returning, _) => {
+            (Serving::Alone | Serving::GoingAlone | Serving::Mirrored, _) => {
                 self.send(ControlMessage::CopyFailed { volume, errno });
             }
             (Serving::Front, _) => {}
@@ -145,6 +221,7 @@ impl Server {
                 self.send(ControlMessage::CopyFailed { volume, errno });
                 self.order_all(&Order::Leave);
                 self.set_phase(Phase::OneCopy);
+                self.reason = self.why_not_current();
             }
         }
     }
@@ -179,7 +256,7 @@ impl Server {
         if let Some(copy) = self.peer_copies.get_mut(at) {
             *copy = Some(crate::format::record::CopyState::Failed);
         }
-        let text = format!("volume {}: the peer's copy failed (errno {errno})", self.name(at));
+        let text = format!("volume {}: the peer's copy failed ({})", self.name(at), errno_words(errno));
         self.event("disk-failed", text, "the peer says so");
         let mirrored = phase == Phase::Mirrored;
         self.order_all(&Order::Leave);
@@ -188,14 +265,42 @@ impl Server {
             Serving::Mirrored | Serving::Returning => {
                 self.go_alone("the peer's copy failed", Origin::Solo);
             }
-            Serving::No if mirrored && self.all_up_to_date() => {
+            Serving::No if mirrored && self.all_up_to_date() => match self.session.as_mut() {
                 // The primary gave its service up: this copy holds everything it acknowledged.
-                if let Some(session) = self.session.as_mut() {
-                    session.host = session.peer_primary;
+                Some(session) if session.peer_primary => {
+                    session.host = true;
+                    session.peer_primary = false;
+                    self.go_alone("takeover: the primary's copy failed", Origin::Solo);
                 }
-                self.go_alone("takeover: the primary's copy failed", Origin::Solo);
+                // Nobody served, and nobody asked for a primary.
+                Some(_) | None => self.reason = super::session::waits_for_promote(&self.config.peer),
+            },
+            Serving::Alone | Serving::GoingAlone => {
+                let (name, peer) = (self.name(at), &self.config.peer);
+                self.reason = format!(
+                    "{peer}'s copy of volume {name} failed ({}): nothing is mirrored; mend its disk, then `duplex attach \
+                     {name}` there",
+                    errno_words(errno)
+                );
             }
-            Serving::No | Serving::Alone | Serving::GoingAlone | Serving::Front => {}
+            Serving::No | Serving::Front => {}
         }
     }
+}
+
+/// An errno in words and as its number; the core has no system to ask.
+pub(super) fn errno_words(errno: i32) -> String {
+    let words = match errno {
+        5 => "input/output error",
+        19 => "detached",
+        28 => "no space left on the device",
+        30 => "read-only file system",
+        61 => "no data available",
+        75 => "a number too large",
+        110 => "no answer in time",
+        121 => "remote input/output error",
+        122 => "disk quota exceeded",
+        _ => return format!("errno {errno}"),
+    };
+    format!("{words}, errno {errno}")
 }

@@ -47,13 +47,13 @@ impl Server {
             return self.answer(token, refuse("no-split-brain", text));
         }
         if *victim == self.config.peer {
-            self.operators.push((token, Waiting::Resolve));
+            self.wait(token, Waiting::Resolve);
             self.send(ControlMessage::Resolve { victim: victim.clone() });
         } else if *victim == self.config.name {
             if self.serving != Serving::No {
                 return self.answer(token, refuse("victim-is-primary", victim_serves(victim)));
             }
-            self.operators.push((token, Waiting::Resolve));
+            self.wait(token, Waiting::Resolve);
             self.actions.push_back(Action::SaveBlocks);
         } else {
             let text = format!("{victim} is not a server of this pair");
@@ -118,8 +118,7 @@ impl Server {
 
     /// Answers the operator, on whichever side the command was typed.
     pub(super) fn on_resolved(&mut self, result: Result<(), String>) {
-        if let Some(at) = self.operators.iter().position(|(_, w)| *w == Waiting::Resolve) {
-            let (token, _) = self.operators.remove(at);
+        if let Some(token) = self.take_asked(|w| *w == Waiting::Resolve) {
             let answer = match result {
                 Ok(()) => Ok("resolved: the victim's blocks are saved and it is resynchronised".to_owned()),
                 Err(text) => Err(Refusal { code: "resolve-failed", text }),

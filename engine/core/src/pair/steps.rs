@@ -1,6 +1,8 @@
 //! Records on all volumes before anything follows from them.
 
-use super::api::OperatorToken;
+use std::collections::VecDeque;
+
+use super::api::{OperatorToken, Refusal};
 use super::server::Server;
 use crate::format::record::Era;
 use crate::ids::{Epoch, SessionId};
@@ -13,6 +15,8 @@ pub(super) enum Step {
     GoneAlone {
         epoch: u64,
     },
+    /// Going alone was given up: the lineages are again what they were.
+    TakenBack,
     /// G5: take part as a target.
     TargetReady {
         session: SessionId,
@@ -98,6 +102,12 @@ impl Server {
             }
             self.order(index, Order::Record { tag, server, change, preflush });
         }
+        // A failed copy takes no record.
+        for at in 0..self.volumes.len() {
+            if self.volumes[at].failed.is_some() {
+                self.on_recorded(at, tag);
+            }
+        }
     }
 
     /// The same without any change of the copies.
@@ -127,10 +137,57 @@ impl Server {
         if self.pending[at].waits.contains(&true) {
             return;
         }
-        let Some(pending) = self.pending.remove(at) else {
-            return;
-        };
-        match pending.step {
+        if let Some(pending) = self.pending.remove(at) {
+            self.follow(pending.step);
+        }
+    }
+
+    /// A copy failed: records that it still owes never come. What cannot be without them does not happen; what was
+    /// only to be told or to end goes on by the other volumes.
+    pub(super) fn steps_lose_volume(&mut self, volume: usize, resumes_solo: bool) {
+        let owed = |p: &Pending| p.waits.get(volume) == Some(&true);
+        let (stuck, rest): (VecDeque<Pending>, VecDeque<Pending>) =
+            std::mem::take(&mut self.pending).into_iter().partition(owed);
+        self.pending = rest;
+        for pending in stuck {
+            match pending.step {
+                // Answered by a failed copy, too.
+                Step::DrainedForHandOver { .. }
+                | Step::DrainedForDemote { .. }
+                | Step::DrainedForStop
+                | Step::FrozenForFront { .. } => self.pending.push_back(pending),
+                // The other volumes' records are enough.
+                Step::Demoted { .. }
+                | Step::HandedOver { .. }
+                | Step::CleanStop
+                | Step::MarksTold
+                | Step::Noted
+                | Step::TakenBack => self.excuse(volume, pending),
+                Step::GoneAlone { .. } if resumes_solo => self.excuse(volume, pending),
+                Step::PrimaryReady { token: Some(token), .. } | Step::Activated { token } => {
+                    let text = self.why_not_current();
+                    self.answer(token, Err(Refusal { code: "disk-failed", text }));
+                }
+                Step::Surrendered => self.on_resolved(Err(self.why_not_current())),
+                Step::Returned { .. } => self.record.era = self.era_before_return,
+                Step::GoneAlone { .. }
+                | Step::TargetReady { .. }
+                | Step::PrimaryReady { token: None, .. }
+                | Step::MapsWhole { .. }
+                | Step::MirroredNoted { .. } => {}
+            }
+        }
+    }
+
+    fn excuse(&mut self, volume: usize, pending: Pending) {
+        let tag = pending.tag;
+        self.pending.push_back(pending);
+        self.on_recorded(volume, tag);
+    }
+
+    /// All volumes answered.
+    fn follow(&mut self, step: Step) {
+        match step {
             Step::GoneAlone { epoch } => self.gone_alone(epoch),
             Step::TargetReady { session } => self.target_ready(session),
             Step::PrimaryReady { session, epoch, token } => self.primary_ready(session, epoch, token),
@@ -150,7 +207,7 @@ impl Server {
             Step::Surrendered => self.surrendered(),
             Step::MapsWhole { volumes } => self.maps_are_whole(&volumes),
             Step::Activated { token } => self.activated(token),
-            Step::MarksTold | Step::Noted => {}
+            Step::MarksTold | Step::TakenBack | Step::Noted => {}
         }
     }
 

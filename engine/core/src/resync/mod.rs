@@ -4,4 +4,4 @@ pub mod decide;
 pub mod pair;
 
 #[cfg(test)]
-mod fixtures;
+pub(crate) mod fixtures;

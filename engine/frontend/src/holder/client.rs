@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 
@@ -103,6 +104,15 @@ impl HolderClient {
         self.ask(STOP, "", None).map(drop)
     }
 
+    /// Becomes readable for end of file when the holder ends, or when this client is dropped: see [`wait_for_end`].
+    ///
+    /// # Errors
+    /// No descriptor is free.
+    pub fn watched(&self) -> Result<OwnedFd, HolderError> {
+        let failed = |source| HolderError::System { path: self.path.clone(), step: "watch it", source };
+        self.socket.try_clone().map_err(failed)
+    }
+
     fn garbled(&self, what: &'static str) -> HolderError {
         HolderError::Garbled { path: self.path.clone(), what }
     }
@@ -131,6 +141,26 @@ impl HolderClient {
                 Err(HolderError::Refused { path: self.path.clone(), reason })
             }
             None => Err(self.garbled("nothing")),
+        }
+    }
+}
+
+impl Drop for HolderClient {
+    fn drop(&mut self) {
+        // Who watches this connection sees its end.
+        let _ = rustix::net::shutdown(&self.socket, rustix::net::Shutdown::Both);
+    }
+}
+
+/// Waits until the holder at the other end of a [`HolderClient::watched`] connection has ended, or the client let the
+/// connection go.
+pub fn wait_for_end(watched: &OwnedFd) {
+    loop {
+        let mut polled = [PollFd::new(watched, PollFlags::RDHUP)];
+        match poll(&mut polled, None) {
+            Ok(_) if polled[0].revents().is_empty() => {}
+            Err(rustix::io::Errno::INTR) => {}
+            Ok(_) | Err(_) => return,
         }
     }
 }

@@ -220,14 +220,15 @@ impl Look<'_> {
             }
         };
         let geometry = backing.geometry();
-        let data_offset = match volume.metadata.of(self.config.me) {
-            Metadata::Internal => limits::DATA_OFFSET_BYTES,
-            Metadata::Path(_) => 0,
+        let internal = match volume.metadata.of(self.config.me) {
+            Metadata::Internal => true,
+            Metadata::Path(_) => false,
         };
-        let needed = data_offset + volume.size_bytes.unwrap_or(limits::SIZE_ALIGN_BYTES);
-        if geometry.backing_bytes < needed {
+        let room = crate::volume::place::capacity_bytes(geometry.backing_bytes, volume.block_bytes, internal);
+        let needed = volume.size_bytes.unwrap_or(limits::SIZE_ALIGN_BYTES);
+        if room < needed {
             let text = format!(
-                "{} has {} bytes; at least {needed} are needed",
+                "{} has {} bytes: with the metadata that is room for {room} bytes of data, and {needed} are needed",
                 path.display(),
                 geometry.backing_bytes
             );

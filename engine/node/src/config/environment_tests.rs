@@ -98,7 +98,14 @@ fn more_that_is_wrong_here() {
     assert!(!Problems(found).has_errors());
 
     let found = place.check(&text.replace("frontend = \"none\"", "frontend = \"none\"\nsize = \"64MiB\""));
-    assert!(one(&found, "too-small").text.contains("68157440"));
+    assert!(one(&found, "too-small").text.contains("67108864 are needed"));
+
+    // What `check` lets pass, `create` takes: the metadata needs more than the head's 1 MiB.
+    std::fs::File::create(place.path("five.img"))
+        .and_then(|file| file.set_len(5 << 20))
+        .expect("a small file");
+    let found = place.check(&text.replace("/data.img", "/five.img"));
+    assert!(one(&found, "too-small").text.contains("room for 0 bytes"));
 
     let found = place.check(&text.replace("/state\"", "/data.img/state\""));
     assert_eq!(one(&found, "state-dir").key, "state_dir");

@@ -20,9 +20,10 @@ impl Default for RunDir {
 }
 
 impl RunDir {
-    /// A run directory; `//` and `/./` are collapsed so that the default is recognised.
+    /// A run directory, absolute: the device links in it are told to others. `//` and `/./` are collapsed so that
+    /// the default is recognised.
     pub fn new(path: &Path) -> Self {
-        Self(path.components().collect())
+        Self(std::path::absolute(path).unwrap_or_else(|_| path.to_owned()).components().collect())
     }
 
     /// The directory.

@@ -329,6 +329,22 @@ pub struct ResyncStatus {
     pub eta_s: Option<u64>,
     /// `idle` (no clients), `yielding`, `limited`, `paused`.
     pub pace: String,
+    /// Blocks the source cannot read: they stay marked, and the resync does not end before they can be read or are
+    /// written anew.
+    #[serde(default)]
+    pub unreadable_blocks: u64,
+    /// Where they are: the first few ranges.
+    #[serde(default)]
+    pub unreadable: Vec<RangeStatus>,
+}
+
+/// A part of a volume.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct RangeStatus {
+    /// From the volume's first byte.
+    pub offset_bytes: u64,
+    /// How long.
+    pub length_bytes: u64,
 }
 
 /// A memory region.

@@ -49,6 +49,9 @@ struct Making {
 /// At the end of the process, a device that is being made or removed is waited for this long.
 const END_WAIT: Duration = Duration::from_secs(5);
 
+/// A holder that could not be replaced is tried again after this long.
+const HOLDER_RETRY: Duration = Duration::from_secs(30);
+
 /// What the helper threads tell the main loop.
 #[derive(Debug)]
 pub(super) enum DeviceEvent {
@@ -56,6 +59,10 @@ pub(super) enum DeviceEvent {
     /// A device is there, but a restart will end it.
     NotKept(usize, String),
     Removed(usize, Result<(), String>),
+    /// This connection to the holder ended.
+    HolderLost(u64),
+    /// Another holder was started and keeps so many devices; `None`: none was needed.
+    HolderReplaced(u64, Result<Option<usize>, String>),
 }
 
 /// The device of one volume.
@@ -178,12 +185,47 @@ impl Daemon {
                 }
                 self.note("trouble", format!("no block device, NBD only: {text}"), "device");
             }
+            DeviceEvent::HolderLost(connection) => self.replace_holder(connection, false),
+            DeviceEvent::HolderReplaced(connection, result) => self.holder_replaced(connection, result),
             DeviceEvent::Removed(at, result) => {
                 self.devices[at].state = DeviceState::None;
                 if let Err(text) = result {
                     self.note("trouble", text, "device");
                 }
                 self.step_device(at);
+            }
+        }
+    }
+
+    /// The holder ended: without another one the next restart of this daemon would end the devices.
+    fn replace_holder(&mut self, connection: u64, again: bool) {
+        if self.leaving_devices || self.exiting {
+            return;
+        }
+        let wait = if again { HOLDER_RETRY } else { self.keeper.replace_after() };
+        let (keeper, events) = (Arc::clone(&self.keeper), self.device_events.clone());
+        tokio::spawn(async move {
+            tokio::time::sleep(wait).await;
+            let replaced = tokio::task::spawn_blocking(move || keeper.replace(connection)).await;
+            let result = match replaced {
+                Ok(result) => result.map_err(|error| error.to_string()),
+                Err(error) => Err(error.to_string()),
+            };
+            let _ = events.send(DeviceEvent::HolderReplaced(connection, result)).await;
+        });
+    }
+
+    fn holder_replaced(&mut self, connection: u64, result: Result<Option<usize>, String>) {
+        match result {
+            Ok(None) => {}
+            Ok(Some(devices)) => {
+                let text = format!("the holder had ended; a new one keeps {devices} device(s)");
+                self.note("holder-replaced", text, "the holder ended while this daemon lives");
+            }
+            Err(text) => {
+                let text = format!("a restart of this daemon will end its devices: no holder: {text}");
+                self.note("trouble", text, "holder");
+                self.replace_holder(connection, true);
             }
         }
     }

@@ -77,20 +77,22 @@ impl Daemon {
                 self.note("stranger", format!("stranger({address}): {why}"), &why);
             }
             LinkEvent::Refused(refusal) => {
+                let fix = link_remedy(&refusal.code);
                 let text = if refusal.mine.is_empty() && refusal.theirs.is_empty() {
                     // Not a value that could be shown.
-                    format!("the link refuses the peer: the two differ in `{}`", refusal.code)
+                    format!("the link refuses the peer: the two differ in `{}`: {fix}", refusal.code)
                 } else {
                     format!(
-                        "the link refuses the peer: {}: here {}, there {}",
+                        "the link refuses the peer: {}: here {}, there {}: {fix}",
                         refusal.code, refusal.mine, refusal.theirs
                     )
                 };
+                let some = |value: &String| Some(value.clone()).filter(|v| !v.is_empty());
                 let shown = SessionRefusal {
                     code: refusal.code.clone(),
                     rule: Some("link".to_owned()),
-                    mine: Some(refusal.mine.clone()),
-                    theirs: Some(refusal.theirs.clone()),
+                    mine: some(&refusal.mine),
+                    theirs: some(&refusal.theirs),
                 };
                 if self.link_refusal.as_ref() != Some(&shown) {
                     self.link_refusal = Some(shown);
@@ -259,5 +261,20 @@ impl Daemon {
             }
             Err(error) => Answer::Failed { text: error.to_string() },
         }
+    }
+}
+
+/// What mends a refusal of the link, by its code.
+pub(super) fn link_remedy(code: &str) -> &'static str {
+    match code {
+        "secret" => {
+            "copy the file named by `secret` in [security] from one server to the other, then restart that one"
+        }
+        "encryption" => "write the same `encryption` in [security] on both servers, then restart both",
+        "version" => "install the same version of duplex on both servers",
+        "pair" | "server-name" | "address" | "volume" => {
+            "make duplex.toml the same on both servers (`--server` names which one each is), then restart both"
+        }
+        _ => "the next attempt follows by itself",
     }
 }

@@ -11,8 +11,8 @@ use duplex_core::time::Instant;
 use super::run::Daemon;
 use crate::config::Arbiter;
 use crate::control::status::{
-    CopyState, Frozen, LinkPath, PathState, Peer, ResyncRole, ResyncStatus, Role, STATUS_VERSION,
-    SessionRefusal, State, Status, Time, VolumeStatus,
+    CopyState, Frozen, LinkPath, PathState, Peer, RangeStatus, ResyncRole, ResyncStatus, Role,
+    STATUS_VERSION, SessionRefusal, State, Status, Time, VolumeStatus,
 };
 use crate::volume::Snapshot;
 
@@ -68,6 +68,10 @@ impl Daemon {
 
     fn reason(&self, now: Instant) -> String {
         let server = &self.server;
+        if let (None, Some(refused)) = (server.session_view(), &self.link_refusal) {
+            let fix = super::input::link_remedy(&refused.code);
+            return format!("{}; the link refuses the peer ({}): {fix}", server.reason(), refused.code);
+        }
         if server.session_view().is_none() && server.role_word() == "secondary" {
             let heard_s = self.last_heard.map(|at| now.since(at).as_secs());
             let heard = heard_s.map_or("never".to_owned(), |s| format!("{s} s ago"));
@@ -147,6 +151,8 @@ impl Daemon {
                 rate_bytes_per_s: 0,
                 eta_s: None,
                 pace: "source decides".to_owned(),
+                unreadable_blocks: 0,
+                unreadable: Vec::new(),
             });
         };
         let rate = self.rates.get_mut(at)?;
@@ -159,10 +165,14 @@ impl Daemon {
             let bytes_per_s = u64::try_from(per_s).unwrap_or(u64::MAX);
             *rate = Rate { at: now, sent_bytes: progress.sent_bytes, bytes_per_s };
         }
-        let pace = match (progress.paused, snapshot.requests) {
-            (true, _) => "paused",
-            (false, 0) => "idle",
-            (false, _) => "yields to clients",
+        let (unreadable_blocks, ref ranges) = snapshot.unreadable;
+        let block_bytes = snapshot.copy.as_ref().map_or(0, |c| u64::from(c.block_bytes));
+        let only_unreadable = unreadable_blocks > 0 && progress.left_bytes <= unreadable_blocks * block_bytes;
+        let pace = match (progress.paused, only_unreadable, snapshot.requests) {
+            (true, _, _) => "paused",
+            (false, true, _) => "waits for unreadable blocks",
+            (false, false, 0) => "idle",
+            (false, false, _) => "yields to clients",
         };
         Some(ResyncStatus {
             role: ResyncRole::Source,
@@ -173,6 +183,11 @@ impl Daemon {
             rate_bytes_per_s: rate.bytes_per_s,
             eta_s: (rate.bytes_per_s > 0).then(|| progress.left_bytes.div_ceil(rate.bytes_per_s)),
             pace: pace.to_owned(),
+            unreadable_blocks,
+            unreadable: ranges
+                .iter()
+                .map(|r| RangeStatus { offset_bytes: r.offset_bytes, length_bytes: r.length_bytes })
+                .collect(),
         })
     }
 }

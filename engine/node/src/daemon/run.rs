@@ -156,14 +156,14 @@ async fn run_here(options: &Options, stored: Vec<(String, OwnedFd)>) -> Result<(
         answers: BTreeMap::new(),
         next_token: 1,
         devices: names.iter().map(|name| Device::new(name)).collect(),
-        device_events,
+        device_events: device_events.clone(),
         rates: vec![Rate::default(); count],
         status,
         volume_events,
         inputs: VecDeque::new(),
         exiting: false,
         leaving_devices: false,
-        keeper: Arc::new(Keeper::new(&options.run_dir, stored)),
+        keeper: Arc::new(Keeper::new(&options.run_dir, stored, device_events)),
         next_connection: 0,
     };
     daemon.publish();

@@ -34,9 +34,8 @@ pub(super) fn write_blank(
     let capacity_bytes = place::capacity_bytes(backing_bytes, volume.block_bytes, internal);
     if capacity_bytes == 0 {
         return Err(Failure::refused(format!(
-            "{}: {backing_bytes} bytes leave no room for data; {} MiB are the least",
-            path.display(),
-            8
+            "{}: {backing_bytes} bytes leave no room for data beside the metadata; make it 8 MiB or more",
+            path.display()
         )));
     }
     let wanted = volume.size_bytes.map_or(capacity_bytes, |size| size / SIZE_ALIGN_BYTES * SIZE_ALIGN_BYTES);

@@ -25,10 +25,10 @@ pub enum PlaceError {
         /// Why.
         error: SuperblockError,
     },
-    /// The backing is not as large as it was.
+    /// The backing is smaller than it was.
     #[error(
         "{}: the metadata was made for a backing with room for {recorded_bytes} bytes of data, now there is room \
-         for {found_bytes}; bring the old size back, or make the copy anew (`duplex create`)",
+         for {found_bytes} only; bring the old size back, or make the copy anew (`duplex create`)",
         path.display()
     )]
     WrongSize {
@@ -125,10 +125,17 @@ pub fn open_with(
         .map_err(|error| PlaceError::Metadata { path: data.clone(), error })?;
     let superblock = selected.superblock;
     let found_bytes = capacity_bytes(backing_bytes, superblock.copy.block_bytes, internal);
-    if found_bytes != superblock.capacity_bytes {
-        let recorded_bytes = superblock.capacity_bytes;
+    let recorded_bytes = superblock.capacity_bytes;
+    if found_bytes < recorded_bytes {
         return Err(PlaceError::WrongSize { path: data, recorded_bytes, found_bytes });
     }
-    let placement = placement(found_bytes, internal);
-    Ok(Placed { backing: io.into_backing(), placement, capacity_bytes: found_bytes, superblock })
+    if found_bytes > recorded_bytes {
+        tracing::warn!(
+            "{}: it grew, there is room for {found_bytes} bytes of data now; the {recorded_bytes} bytes it was made for \
+             go on being served (growing comes later; a copy made anew by `duplex create` uses all)",
+            data.display()
+        );
+    }
+    let placement = placement(recorded_bytes, internal);
+    Ok(Placed { backing: io.into_backing(), placement, capacity_bytes: recorded_bytes, superblock })
 }

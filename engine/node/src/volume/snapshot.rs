@@ -1,6 +1,7 @@
 //! What the status page sees of a volume.
 
 use duplex_core::format::record::{CopyRecord, CopyState};
+use duplex_core::ids::ByteRange;
 use duplex_core::mirror::Volume;
 use duplex_core::mirror::api::Progress;
 
@@ -17,6 +18,8 @@ pub struct Snapshot {
     pub active_extents: usize,
     /// The resync, if this side is its source.
     pub progress: Option<Progress>,
+    /// Blocks the resync cannot read here, and the first ranges of them.
+    pub unreadable: (u64, Vec<ByteRange>),
     /// Requests in flight.
     pub requests: usize,
     /// Clients connected.
@@ -33,6 +36,7 @@ impl Snapshot {
             dirty_blocks: volume.dirty_blocks(),
             active_extents: volume.active_extents(),
             progress: volume.progress(),
+            unreadable: volume.unreadable(),
             requests: volume.requests_in_flight(),
             clients,
             serving,

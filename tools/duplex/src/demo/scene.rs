@@ -24,7 +24,9 @@ const SOCKET_PATH_MAX_BYTES: usize = 107;
 /// # Errors
 /// No room, no rights, or a name too long for sockets.
 pub(crate) fn make(base: &Path, size_bytes: u64) -> Result<PathBuf> {
-    let base = base.canonicalize().with_context(|| format!("{} cannot be used", base.display()))?;
+    let base = base
+        .canonicalize()
+        .with_context(|| format!("{} cannot be used: make it, or name another --dir", base.display()))?;
     let directory = base.join(format!("{PREFIX}{}", std::process::id()));
     let longest = directory.join(SERVERS[0]).join("run").join(format!("{VOLUME}.nbd"));
     if longest.as_os_str().len() > SOCKET_PATH_MAX_BYTES {
@@ -226,7 +228,9 @@ fn unescape(field: &[u8]) -> PathBuf {
 
 /// Directories of demos whose process is gone: kept, or killed.
 pub(crate) fn abandoned(base: &Path) -> Result<Vec<PathBuf>> {
-    let base = base.canonicalize().with_context(|| format!("{} cannot be used", base.display()))?;
+    let base = base
+        .canonicalize()
+        .with_context(|| format!("{} cannot be used: make it, or name another --dir", base.display()))?;
     let mut found = Vec::new();
     for entry in std::fs::read_dir(&base)?.flatten() {
         let name = entry.file_name();
