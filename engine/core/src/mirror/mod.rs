@@ -3,9 +3,11 @@
 //! Rooms: `api` (what goes in and out), `volume` (the machine), `start` (superblock, replay, G10), `record`
 //! (superblock writes), `client` (requests), `peer` (the peer's operations on this disk), `lock` (range
 //! locks), `flush` (own flushes, drain, return), `front` (a server
-//! without a disk and its host), `copy` (resync source), `target` (resync target).
+//! without a disk and its host), `copy` (resync source), `target` (resync target), `boundary` (named places
+//! between two steps, for crash tests).
 
 pub mod api;
+mod boundary;
 mod client;
 mod copy;
 mod flush;
@@ -18,4 +20,5 @@ mod start;
 mod target;
 mod volume;
 
+pub use boundary::RecordPurpose;
 pub use volume::{Volume, VolumeConfig};
