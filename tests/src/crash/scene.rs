@@ -32,7 +32,9 @@ pub(super) struct Scene {
 
 impl Scene {
     /// A mirrored pair under writes; the daemon that will die waits for its word.
-    pub(super) fn new(point: Point, seed: u64) -> Result<Scene> {
+    ///
+    /// `lie`: after the first copy the disk of who loses its power answers flushes and does nothing.
+    pub(super) fn new(point: Point, seed: u64, lie: bool) -> Result<Scene> {
         let disk = |alpha: bool| {
             if point.how == How::Power && point.role.is_alpha() == alpha {
                 DiskKind::Faulty
@@ -58,6 +60,9 @@ impl Scene {
         };
         scene.give_words()?;
         scene.pair.start_mirrored()?;
+        if lie && point.how == How::Power {
+            scene.victim().faulty()?.lie_about_flush(true)?;
+        }
         let blocks = scene.pair.volume_bytes()? / BLOCK_BYTES as u64;
         scene.history = Arc::new(Mutex::new(History::new(seed, blocks)));
         Ok(scene)
