@@ -16,7 +16,7 @@ const MUTANT_SEEDS: u64 = 400;
 const COVER_SEEDS: u64 = 1000;
 
 /// Seeds of a sweep.
-const SWEEP_SEEDS: u64 = 12;
+const SWEEP_SEEDS: u64 = 16;
 
 #[derive(Debug, Parser)]
 #[command(about = "The deterministic simulator of a mirrored pair")]
@@ -42,10 +42,10 @@ struct Args {
     /// Looks for every deliberate bug
     #[arg(long)]
     mutants: bool,
-    /// Crashes at every boundary of every of --seeds [default: 12], one run each
+    /// Crashes at every boundary of every of --seeds [default: 16], one run each
     #[arg(long)]
     sweep: bool,
-    /// At most so many runs of --sweep, spread evenly
+    /// About so many runs of --sweep, spread evenly
     #[arg(long)]
     runs: Option<usize>,
     /// With --seed: crash there, as g4-durable@2:alpha:own:kill
@@ -230,7 +230,10 @@ fn sweep(args: &Args) -> bool {
     let mut all = found.into_inner().expect("nothing panics while it holds this");
     all.sort_by_key(|(seed, trap)| (trap.boundary, trap.host, *seed, trap.times, trap.victim));
     let known = all.len();
-    let chosen = thin(all, args.runs.unwrap_or(known));
+    let chosen = match args.runs {
+        Some(most) => thin(all, most),
+        None => all,
+    };
     let swept = std::sync::Mutex::new(Swept::default());
     over(&chosen, |(seed, trap)| {
         let look = Look { crash: Some(*trap), ..Look::default() };

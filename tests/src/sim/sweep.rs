@@ -1,7 +1,7 @@
 //! Crash points swept one by one: a seed is run once to see where its servers stand when, then once for each of these
 //! moments, with a crash there.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use duplex_core::boundary::Boundary;
 
@@ -29,14 +29,19 @@ pub fn crashes(plain: &Outcome) -> Vec<Trap> {
     all
 }
 
-/// At most so many of them, spread evenly.
-pub fn thin<T>(all: Vec<T>, most: usize) -> Vec<T> {
-    let count = all.len();
-    if count <= most {
-        return all;
+/// About so many of them: of each boundary and server the same number, spread evenly, and at least one.
+pub fn thin(all: Vec<(u64, Trap)>, most: usize) -> Vec<(u64, Trap)> {
+    let mut places: BTreeMap<(Boundary, Host), Vec<(u64, Trap)>> = BTreeMap::new();
+    for (seed, trap) in all {
+        places.entry((trap.boundary, trap.host)).or_default().push((seed, trap));
     }
-    let keep: BTreeSet<usize> = (0..most).map(|at| at * count / most).collect();
-    all.into_iter().enumerate().filter(|(at, _)| keep.contains(at)).map(|(_, one)| one).collect()
+    let each = most.checked_div(places.len()).unwrap_or(0).max(1);
+    let mut kept = Vec::new();
+    for place in places.into_values() {
+        let count = each.min(place.len());
+        kept.extend((0..count).map(|at| place[at * place.len() / count]));
+    }
+    kept
 }
 
 /// What a sweep did.

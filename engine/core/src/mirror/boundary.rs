@@ -38,21 +38,24 @@ impl Volume {
             After::Start => RecordPurpose::Start,
             After::Return(_) => RecordPurpose::Return,
             After::Adopt { .. } => RecordPurpose::Adopt,
-            After::Toward => RecordPurpose::Other,
             After::Tag(_) => match &job.change {
                 CopyChange::NewGeneration { .. } => RecordPurpose::GoAlone,
                 CopyChange::Target { .. }
                 | CopyChange::Identity { state: CopyState::Inconsistent { .. }, .. } => {
                     RecordPurpose::BecomeTarget
                 }
-                CopyChange::None => match (old.was_primary, job.server.was_primary, job.server.era) {
-                    (true, false, Era::Pair) => RecordPurpose::BecomeSecondary,
-                    (false, true, Era::Pair) => RecordPurpose::BecomePrimary,
-                    (_, _, Era::Pair | Era::Solo(_)) => RecordPurpose::Other,
-                },
-                CopyChange::Identity { .. } | CopyChange::Outdated | CopyChange::Surrender { .. } => {
-                    RecordPurpose::Other
+                CopyChange::None => {
+                    let new = job.server.as_ref()?;
+                    match (old.was_primary, new.was_primary, new.era) {
+                        (true, false, Era::Pair) => RecordPurpose::BecomeSecondary,
+                        (false, true, Era::Pair) => RecordPurpose::BecomePrimary,
+                        (_, _, Era::Pair | Era::Solo(_)) => RecordPurpose::Other,
+                    }
                 }
+                CopyChange::Identity { .. }
+                | CopyChange::WholeMap { .. }
+                | CopyChange::Outdated
+                | CopyChange::Surrender { .. } => RecordPurpose::Other,
             },
         })
     }
@@ -92,6 +95,7 @@ impl Volume {
                 | DiskPurpose::Heal(_)
                 | DiskPurpose::Peer(_)
                 | DiskPurpose::CopyRead(_)
+                | DiskPurpose::Seek(_)
                 | DiskPurpose::PeerFlush(_)
                 | DiskPurpose::SuperRead,
                 _,
@@ -111,6 +115,7 @@ impl Volume {
                 | DiskPurpose::Heal(_)
                 | DiskPurpose::Peer(_)
                 | DiskPurpose::CopyRead(_)
+                | DiskPurpose::Seek(_)
                 | DiskPurpose::Flush(_)
                 | DiskPurpose::PeerFlush(_) => None,
             },

@@ -22,7 +22,7 @@ impl Server {
                 | Order::Freeze { .. }
                 | Order::Close
                 | Order::Pace(_)
-                | Order::MarkAll
+                | Order::TellMarks { .. }
                 | Order::Fail { .. } => None,
             },
             Action::Send(_, message) => match message {
