@@ -262,7 +262,7 @@ impl Scene {
             How::Power => {
                 self.pair.cut(0)?;
                 let bits = self.seed.bits();
-                let loss = if bits % 3 == 0 { Loss::Drop } else { Loss::Tear { seed: bits } };
+                let loss = if bits.is_multiple_of(3) { Loss::Drop } else { Loss::Tear { seed: bits } };
                 self.victim().power_cut(loss)
             }
         }
