@@ -5,6 +5,7 @@
 //! [`pair::Server`], the life of a server in its pair. Both have the same shape: `handle(now, input)`,
 //! `poll_action()`, `next_deadline()`.
 
+pub mod boundary;
 pub mod dirty_log;
 pub mod event;
 pub mod format;

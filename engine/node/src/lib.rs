@@ -3,6 +3,7 @@
 pub mod clock;
 pub mod config;
 pub mod control;
+pub mod crash_at;
 pub mod daemon;
 pub mod events;
 pub mod failure;

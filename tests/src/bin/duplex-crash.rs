@@ -1,37 +1,58 @@
-//! Crash rounds on the real program: a lone primary is killed under random writes, as a process or with its power,
-//! restarted, resynchronised, and both backings are compared whole. In some rounds the crash falls into a resync.
+//! Crashes of the real program: at named boundaries, and in rounds under random writes.
 
 use std::process::ExitCode;
-use std::sync::{Arc, Mutex};
 
-use anyhow::{Context, Result, ensure};
-use clap::Parser;
-use duplex_tests::lab::disk::Loss;
-use duplex_tests::lab::history::{BLOCK_BYTES, Floor, History};
-use duplex_tests::lab::pair::{LIMIT, VOLUME};
-use duplex_tests::lab::writer::{Load, Shared, lock, verify_client};
-use duplex_tests::lab::{self, DiskKind, Pair, PairOptions, Seed, wait};
+use anyhow::{Result, ensure};
+use clap::{Parser, ValueEnum};
+use duplex_tests::crash::points::{self, How, Point, Role};
+use duplex_tests::crash::rounds::{Rounds, Tally, rounds};
+use duplex_tests::crash::sweep::{Sweep, sweep};
+use duplex_tests::lab;
+
+/// Rounds in which a lost activity log must be noticed.
+const SABOTAGE_ROUNDS: u64 = 20;
 
 #[derive(Debug, Parser)]
-#[command(name = "duplex-crash", about = "Crash rounds on the real program")]
+#[command(name = "duplex-crash", about = "Crashes of the real program")]
 struct Cli {
-    /// How many
+    /// Rounds of a lone primary that dies under random writes
     #[arg(long, default_value_t = 20)]
     rounds: u64,
     /// Which sequence of random choices
     #[arg(long, default_value_t = 1)]
     seed: u64,
-    /// Further words for `duplex daemon`, such as a test build's switch that takes the activity log out
+    /// Crash at named boundaries instead: `all`, or names with commas between
+    #[arg(long, value_name = "NAMES")]
+    at: Option<String>,
+    /// Of --at: in this role only
+    #[arg(long, value_parser = role)]
+    role: Option<Role>,
+    /// Of --at: this way only
     #[arg(long)]
-    daemon_word: Vec<String>,
+    how: Option<Way>,
+    /// Of --at: at most so many points, spread evenly
+    #[arg(long)]
+    most: Option<usize>,
+    /// Of --at: so many at a time
+    #[arg(long, default_value_t = 2)]
+    jobs: usize,
+    /// Rounds with a primary that does not write its activity log; with --at: disks that lie about flushes.
+    /// It must be found
+    #[arg(long)]
+    sabotage: bool,
 }
 
-/// What the rounds did.
-#[derive(Debug, Default)]
-struct Tally {
-    process_kills: u64,
-    power_cuts: u64,
-    in_resync: u64,
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Way {
+    /// The process kills itself
+    Kill,
+    /// The machine loses its power
+    Power,
+}
+
+fn role(text: &str) -> Result<Role, String> {
+    let names = || Role::ALL.map(Role::name).join(", ");
+    Role::ALL.into_iter().find(|role| role.name() == text).ok_or_else(|| format!("there are {}", names()))
 }
 
 fn main() -> ExitCode {
@@ -40,131 +61,71 @@ fn main() -> ExitCode {
         eprintln!("duplex-crash: {why}");
         return ExitCode::from(2);
     }
+    let done = match &cli.at {
+        Some(names) => chosen(&cli, names).and_then(|points| swept(&cli, &points)),
+        None if cli.sabotage => Ok(sabotaged(&cli)),
+        None => Ok(plain(&cli)),
+    };
+    match done {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("duplex-crash: {error:#}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+/// The points that were asked for; a name that is none is an error.
+fn chosen(cli: &Cli, names: &str) -> Result<Vec<Point>> {
+    let mut points = points::all();
+    if names != "all" {
+        for name in names.split(',') {
+            ensure!(points.iter().any(|point| point.boundary == name), "there is no boundary {name:?}");
+        }
+        points.retain(|point| names.split(',').any(|name| name == point.boundary));
+    }
+    points.retain(|point| cli.role.is_none_or(|role| role == point.role));
+    points.retain(|point| match cli.how {
+        None => true,
+        Some(Way::Kill) => point.how == How::Kill,
+        Some(Way::Power) => point.how == How::Power,
+    });
+    ensure!(!points.is_empty(), "no point is left: {names} is never reached in this role");
+    Ok(points::thin(&points, cli.most.unwrap_or(usize::MAX)))
+}
+
+fn swept(cli: &Cli, points: &[Point]) -> Result<bool> {
+    let failed = sweep(points, Sweep { seed: cli.seed, jobs: cli.jobs, lie: cli.sabotage })?;
+    if cli.sabotage {
+        println!("disks that lie about flushes: {}", if failed > 0 { "found" } else { "FAIL, not found" });
+    }
+    Ok((failed > 0) == cli.sabotage)
+}
+
+fn plain(cli: &Cli) -> bool {
     let mut tally = Tally::default();
-    let done = rounds(&cli, &mut tally);
+    let done = rounds(&Rounds { rounds: cli.rounds, seed: cli.seed, lose_log_writes: false }, &mut tally);
     println!(
         "{} process kills, {} power cuts, {} of them in a resync",
         tally.process_kills, tally.power_cuts, tally.in_resync
     );
-    match done {
-        Ok(()) => {
-            println!("{} rounds ok", cli.rounds);
-            ExitCode::SUCCESS
-        }
-        Err(error) => {
-            println!("FAIL seed {}: {error:#}", cli.seed);
-            ExitCode::FAILURE
-        }
+    match &done {
+        Ok(()) => println!("{} rounds ok", cli.rounds),
+        Err(error) => println!("FAIL seed {}: {error:#}", cli.seed),
     }
+    done.is_ok()
 }
 
-fn rounds(cli: &Cli, tally: &mut Tally) -> Result<()> {
-    let options = PairOptions {
-        disks: [DiskKind::Faulty, DiskKind::Loop],
-        tables: "[resync]\nmax_bytes_per_s = \"64MiB\"".to_owned(),
-        ..PairOptions::default()
-    };
-    let mut pair = Pair::new(options)?;
-    let words: Vec<&str> = cli.daemon_word.iter().map(String::as_str).collect();
-    pair.alpha.set_daemon_words(&words);
-    pair.start_mirrored()?;
-    let blocks = pair.volume_bytes()? / BLOCK_BYTES as u64;
-    let history: Shared = Arc::new(Mutex::new(History::new(cli.seed, blocks)));
-    let mut seed = Seed::new(cli.seed);
-    for round in 0..cli.rounds {
-        let done = one(&mut pair, &history, &mut seed, round, tally);
-        if let Err(error) = done {
-            eprintln!("{}", pair.report());
-            return Err(error.context(format!("round {round}")));
-        }
-        println!("round {round} ok");
-    }
-    let wanted = cli.rounds / 10;
-    ensure!(
-        tally.in_resync >= wanted,
-        "only {} crashes fell into a resync, {wanted} wanted",
-        tally.in_resync
+/// A primary that forgets its log must be found out.
+fn sabotaged(cli: &Cli) -> bool {
+    let rounds = rounds(
+        &Rounds { rounds: SABOTAGE_ROUNDS, seed: cli.seed, lose_log_writes: true },
+        &mut Tally::default(),
     );
-    Ok(())
-}
-
-/// One round: begins and ends mirrored with alpha primary.
-fn one(pair: &mut Pair, history: &Shared, seed: &mut Seed, round: u64, tally: &mut Tally) -> Result<()> {
-    let floor = lone_writes_and_crash(pair, history, seed, round, tally)?;
-    verify_client(&pair.alpha.nbd(), VOLUME, history, floor).context("after the crash")?;
-    pair.beta.boot(false)?;
-    pair.beta.start_daemon()?;
-    if round % 4 == 3 && crash_in_resync(pair, history, seed, round, tally)? {
-        verify_client(&pair.alpha.nbd(), VOLUME, history, Floor::Flushed)
-            .context("after the crash in a resync")?;
+    match &rounds {
+        Ok(()) => println!("FAIL {SABOTAGE_ROUNDS} rounds without an activity log found nothing"),
+        Err(error) => println!("without an activity log, found: {error:#}"),
     }
-    pair.wait_mirrored()?;
-    pair.assert_equal()?;
-    verify_client(&pair.alpha.nbd(), VOLUME, history, Floor::Flushed).map(drop)
-}
-
-/// Alpha alone under writes, killed in the middle, restarted.
-fn lone_writes_and_crash(
-    pair: &mut Pair,
-    history: &Shared,
-    seed: &mut Seed,
-    round: u64,
-    tally: &mut Tally,
-) -> Result<Floor> {
-    pair.beta.kill()?;
-    pair.alpha.wait("alone", LIMIT)?;
-    let load = Load { zero_once_in: 20, ..Load::everywhere(seed.bits(), &*lock(history)?) };
-    let mut load = pair.alpha.client(history, load)?;
-    load.wait_more(100 + seed.below(900), LIMIT)?;
-    let floor = crash(pair, seed, round, tally)?;
-    load.join()?;
-    Ok(floor)
-}
-
-/// Kills alpha, every other time with its power, and starts it again.
-fn crash(pair: &mut Pair, seed: &mut Seed, round: u64, tally: &mut Tally) -> Result<Floor> {
-    let power = round % 2 == 1;
-    let floor = if power {
-        tally.power_cuts += 1;
-        let loss = if seed.once_in(3) { Loss::Drop } else { Loss::Tear { seed: seed.bits() } };
-        pair.alpha.power_cut(loss)?;
-        Floor::Flushed
-    } else {
-        tally.process_kills += 1;
-        pair.alpha.kill()?;
-        Floor::Acknowledged
-    };
-    pair.alpha.boot(power)?;
-    pair.alpha.start_daemon()?;
-    pair.alpha.wait("role=primary", LIMIT)?;
-    Ok(floor)
-}
-
-/// Kills alpha while it copies to beta under writes; false when the resync was too quick.
-fn crash_in_resync(
-    pair: &mut Pair,
-    history: &Shared,
-    seed: &mut Seed,
-    round: u64,
-    tally: &mut Tally,
-) -> Result<bool> {
-    let syncing = wait::until("a resync to begin", LIMIT, || {
-        let status = pair.alpha.status()?;
-        if status["state"] == "mirrored" {
-            return Ok(Some(false));
-        }
-        Ok((status["state"] == "syncing" && !status["volumes"][0]["resync"].is_null()).then_some(true))
-    })?;
-    if !syncing {
-        return Ok(false);
-    }
-    let load = Load { requests: Some(seed.below(200)), ..Load::everywhere(seed.bits(), &*lock(history)?) };
-    let mut load = pair.alpha.client(history, load)?;
-    let still = pair.alpha.status_word("/state")? == "syncing";
-    crash(pair, seed, round / 4, tally)?;
-    load.join()?;
-    if still {
-        tally.in_resync += 1;
-    }
-    Ok(true)
+    rounds.is_err_and(|error| format!("{error:#}").contains("the copies are not equal"))
 }

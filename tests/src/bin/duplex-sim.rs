@@ -1,17 +1,22 @@
 //! `duplex-sim`: both servers, the link, the disks and the clients in virtual time, by seed.
 
 use std::process::ExitCode;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 use clap::Parser;
 use duplex_tests::sim::cover::{Cover, UNREACHABLE};
 use duplex_tests::sim::finish::{Look, Outcome, run};
 use duplex_tests::sim::mutant::Mutant;
+use duplex_tests::sim::sweep::{Swept, crashes, thin};
+use duplex_tests::sim::trap::Trap;
 
 /// Seeds a mutant is given to be found in.
 const MUTANT_SEEDS: u64 = 400;
 /// Multi-seed runs shorter than this are not asked to reach everything.
 const COVER_SEEDS: u64 = 1000;
+
+/// Seeds of a sweep.
+const SWEEP_SEEDS: u64 = 16;
 
 #[derive(Debug, Parser)]
 #[command(about = "The deterministic simulator of a mirrored pair")]
@@ -37,6 +42,15 @@ struct Args {
     /// Looks for every deliberate bug
     #[arg(long)]
     mutants: bool,
+    /// Crashes at every boundary of every of --seeds [default: 16], one run each
+    #[arg(long)]
+    sweep: bool,
+    /// About so many runs of --sweep, spread evenly
+    #[arg(long)]
+    runs: Option<usize>,
+    /// With --seed: crash there, as g4-durable@2:alpha:own:kill
+    #[arg(long)]
+    crash: Option<Trap>,
     /// Prints what was reached how often
     #[arg(long)]
     cover: bool,
@@ -94,7 +108,7 @@ fn over_seeds(
 
 fn one(args: &Args, seed: u64) -> bool {
     let lines = (args.trace > 0).then_some(args.trace);
-    let result = guarded(seed, args.mutant, Look { lines, watch: args.watch });
+    let result = guarded(seed, args.mutant, Look { lines, watch: args.watch, crash: args.crash });
     let why = broken(&result);
     if let Ok(outcome) = &result {
         for line in &outcome.tail {
@@ -139,7 +153,7 @@ fn many(args: &Args, count: u64) -> bool {
     }
     if let Some(seed) = failed.first() {
         println!("the end of seed {seed}:");
-        if let Ok(outcome) = guarded(*seed, args.mutant, Look { lines: Some(60), watch: None }) {
+        if let Ok(outcome) = guarded(*seed, args.mutant, Look { lines: Some(60), ..Look::default() }) {
             outcome.tail.iter().for_each(|line| println!("{line}"));
         }
         println!("failed seeds: {failed:?}; the same again: cargo xtask sim --seed {seed} --trace 400");
@@ -187,9 +201,64 @@ fn mutants(args: &Args) -> bool {
     caught == Mutant::ALL.len()
 }
 
+/// Runs `work` on every item, on every processor.
+fn over<T: Sync>(items: &[T], work: impl Fn(&T) + Sync) {
+    let next = AtomicUsize::new(0);
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    std::thread::scope(|scope| {
+        for _ in 0..threads {
+            scope.spawn(|| {
+                while let Some(item) = items.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    work(item);
+                }
+            });
+        }
+    });
+}
+
+/// Crash points one by one.
+fn sweep(args: &Args) -> bool {
+    let seeds: Vec<u64> = (args.from..args.from + args.seeds.unwrap_or(SWEEP_SEEDS)).collect();
+    let found = std::sync::Mutex::new(Vec::new());
+    over(&seeds, |seed| {
+        let plain = guarded(*seed, args.mutant, Look::default());
+        let mut found = found.lock().expect("nothing panics while it holds this");
+        if let Ok(plain) = &plain {
+            found.extend(crashes(plain).into_iter().map(|trap| (*seed, trap)));
+        }
+    });
+    let mut all = found.into_inner().expect("nothing panics while it holds this");
+    all.sort_by_key(|(seed, trap)| (trap.boundary, trap.host, *seed, trap.times, trap.victim));
+    let known = all.len();
+    let chosen = match args.runs {
+        Some(most) => thin(all, most),
+        None => all,
+    };
+    let swept = std::sync::Mutex::new(Swept::default());
+    over(&chosen, |(seed, trap)| {
+        let look = Look { crash: Some(*trap), ..Look::default() };
+        let result = guarded(*seed, args.mutant, look);
+        swept.lock().expect("nothing panics while it holds this").add(*seed, *trap, result);
+    });
+    let swept = swept.into_inner().expect("nothing panics while it holds this");
+    swept.lines().iter().for_each(|line| println!("{line}"));
+    for (seed, trap, why) in &swept.failed {
+        println!(
+            "FAIL seed {seed} {trap}: {why}; again: cargo xtask sim --seed {seed} --crash {trap} --trace 400"
+        );
+    }
+    let missing = swept.missing();
+    missing.iter().for_each(|place| println!("FAIL no crash at {place}"));
+    let (done, failed) = (swept.crashes, swept.failed.len());
+    println!("{done} of {known} crash points of {} seeds, {failed} failed", seeds.len());
+    failed == 0 && missing.is_empty()
+}
+
 fn main() -> ExitCode {
     let args = Args::parse();
-    let fine = if args.mutants {
+    let fine = if args.sweep {
+        sweep(&args)
+    } else if args.mutants {
         mutants(&args)
     } else if let Some(seed) = args.seed {
         one(&args, seed)

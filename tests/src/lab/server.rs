@@ -281,6 +281,11 @@ impl Server {
         self.host()?.run(&self.words(verb)?, LIMIT + Duration::from_secs(15))
     }
 
+    /// Starts a verb and does not wait for its end; what it says goes to the daemon's log.
+    pub fn spawn_cli(&self, verb: &[&str]) -> Result<()> {
+        self.host()?.spawn(&self.words(verb)?, &self.log(), &self.log()).map(drop)
+    }
+
     /// Runs a verb that must succeed; gives what it printed.
     pub fn must(&self, verb: &[&str]) -> Result<String> {
         let output = self.cli(verb)?;

@@ -1,5 +1,8 @@
 //! A whole run: set-up, trouble, healing, and the proof that the pair came back.
 
+use std::collections::BTreeMap;
+
+use duplex_core::boundary::Boundary;
 use duplex_core::message::LiveState;
 use duplex_core::mirror::api::Pace;
 use duplex_core::pair::api::Operator;
@@ -7,6 +10,7 @@ use duplex_core::pair::api::Operator;
 use super::cover::Cover;
 use super::mutant::Mutant;
 use super::oracle::Host;
+use super::trap::Trap;
 use super::world::{Event, MS, World};
 
 /// Activation takes no longer than this.
@@ -33,6 +37,10 @@ pub struct Outcome {
     pub virtual_ns: u64,
     /// Reads, writes, flushes compared.
     pub requests: [u64; 3],
+    /// How often each server stood at which boundary.
+    pub passed: BTreeMap<(Boundary, Host), u64>,
+    /// The crash that was asked for happened.
+    pub fired: bool,
     /// The last lines, when text was asked for.
     pub tail: Vec<String>,
 }
@@ -44,6 +52,8 @@ pub struct Look {
     pub lines: Option<usize>,
     /// Write the history of this block (volume, block) to stderr.
     pub watch: Option<(usize, u64)>,
+    /// Crash here.
+    pub crash: Option<Trap>,
 }
 
 /// Runs one seed to its end.
@@ -51,7 +61,9 @@ pub fn run(seed: u64, mutant: Option<Mutant>, look: Look) -> Outcome {
     let mut world = World::new(seed, mutant, look.lines.is_some());
     world.trace.keep(look.lines.unwrap_or(0));
     world.oracle.watch = look.watch;
+    world.traps.set = look.crash;
     world.activate();
+    world.traps.armed = true;
     if world.broken.is_none() {
         world.trouble();
     }
@@ -67,6 +79,8 @@ pub fn run(seed: u64, mutant: Option<Mutant>, look: Look) -> Outcome {
         requests: [world.oracle.reads, world.oracle.writes, world.oracle.flushes],
         tail: world.trace.tail(),
         cover: world.cover,
+        passed: world.traps.passed,
+        fired: world.traps.fired,
     }
 }
 

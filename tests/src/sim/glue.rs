@@ -5,6 +5,7 @@ use duplex_core::message::{ControlMessage, RemoteOutcome, VolumeMessage};
 use duplex_core::mirror::api::{
     Action as VolumeAction, CopyChange, Exposure, Input as VolumeInput, Order, Part, Report, ServeMode,
 };
+use duplex_core::pair::Server;
 use duplex_core::pair::api::{Action as ServerAction, Input as ServerInput};
 use duplex_core::request::{DiskOp, DiskOpKind, DiskOutcome, RequestError};
 use duplex_core::time::Instant;
@@ -60,7 +61,9 @@ impl World {
     /// One input of the server machine, and everything it asks for.
     pub fn server_input(&mut self, host: Host, input: ServerInput) {
         let shown = self.clock(host);
-        let Some(process) = &mut self.machines[host].process else { return };
+        if self.machines[host].process.is_none() {
+            return;
+        }
         if self.trace.is_text() && !matches!(input, ServerInput::Time) {
             let line = format!("{host} server <- {input:?}");
             if !line.contains("Heartbeat") {
@@ -72,6 +75,10 @@ impl World {
                 self.trace.step(self.now, [10, host as u64, 0], String::new);
             }
         }
+        if self.stands_at(host, Server::boundary_at(&input)) {
+            return;
+        }
+        let Some(process) = &mut self.machines[host].process else { return };
         process.server.handle(shown, input);
         self.server_actions(host);
         self.lease(host);
@@ -96,6 +103,10 @@ impl World {
         loop {
             let Some(process) = &mut self.machines[host].process else { return };
             let Some(action) = process.server.poll_action() else { break };
+            if self.stands_at(host, Server::boundary_before(&action)) {
+                return;
+            }
+            let Some(process) = &mut self.machines[host].process else { return };
             let life = self.machines[host].life;
             match action {
                 ServerAction::Order(index, order) => {
@@ -177,11 +188,24 @@ impl World {
     /// One input of a volume, and everything it asks for.
     pub fn volume_input(&mut self, host: Host, volume: usize, input: VolumeInput) {
         let shown = self.clock(host);
-        let Some(process) = &mut self.machines[host].process else { return };
+        if self.machines[host].process.is_none() {
+            return;
+        }
         if !matches!(input, VolumeInput::Time) {
             let line = self.trace.is_text().then(|| format!("{host}.{volume} <- {input:?}"));
             self.trace.step(self.now, [20, host as u64, volume as u64], || line.unwrap_or_default());
         }
+        if let VolumeInput::Disk(id, _) = &input
+            && self.ends_at(host, volume, *id)
+        {
+            return;
+        }
+        let Some(process) = &self.machines[host].process else { return };
+        let place = process.volumes[volume].machine.boundary_at(&input);
+        if self.stands_at(host, place) {
+            return;
+        }
+        let Some(process) = &mut self.machines[host].process else { return };
         process.volumes[volume].machine.handle(shown, input);
         self.volume_actions(host, volume);
     }
@@ -193,6 +217,11 @@ impl World {
             let Some(action) = process.volumes[volume].machine.poll_action() else { return };
             let line = self.trace.is_text().then(|| format!("{host}.{volume} -> {action:?}"));
             self.trace.step(self.now, [21, host as u64, volume as u64], || line.unwrap_or_default());
+            let Some(process) = &self.machines[host].process else { return };
+            let place = process.volumes[volume].machine.boundary_before(&action);
+            if self.stands_at(host, place) {
+                return;
+            }
             match action {
                 VolumeAction::Disk(op) => self.disk_begin(host, volume, op),
                 VolumeAction::Send(session, message, buffer) => {
@@ -248,6 +277,7 @@ impl World {
     }
 
     fn disk_begin(&mut self, host: Host, volume: usize, mut op: DiskOp) {
+        self.begins_at(host, volume, &mut op);
         let skip_preflush = self.mutant == Some(Mutant::SkipSoloFlush);
         if let DiskOpKind::MetaWrite { preflush, .. } = &mut op.kind
             && skip_preflush

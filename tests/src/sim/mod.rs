@@ -3,7 +3,8 @@
 //!
 //! Rooms: `world` (time and events), `glue` (the shell around the machines), `host` (machines, processes),
 //! `disk`, `link`, `wire`, `client`, `script` (faults and the operator), `oracle` (what reads may return),
-//! `check` (both copies, marks, economy), `finish` (a whole run), `cover`, `mutant`, `trace`.
+//! `check` (both copies, marks, economy), `finish` (a whole run), `trap`
+//! and `sweep` (a crash at a chosen boundary, and at all of them), `cover`, `mutant`, `trace`.
 
 pub mod check;
 pub mod client;
@@ -20,7 +21,9 @@ pub mod page;
 pub mod profile;
 pub mod rng;
 pub mod script;
+pub mod sweep;
 pub mod trace;
+pub mod trap;
 pub mod wire;
 pub mod world;
 

@@ -158,7 +158,8 @@ impl World {
         self.rng.weighted(&[(2, Cut::Lose), (1, Cut::Keep), (3, Cut::Tear)]).unwrap_or(Cut::Lose)
     }
 
-    fn kill(&mut self, host: Host, power: Option<Cut>) {
+    /// Ends a daemon, or its machine, and plans its return.
+    pub(super) fn kill(&mut self, host: Host, power: Option<Cut>) {
         self.cover.hit(if power.is_some() { "fault power cut" } else { "fault kill" });
         let resync = |live: LiveState| matches!(live, LiveState::Syncing | LiveState::SyncTail);
         if self.machines.iter().any(|m| m.process.as_ref().is_some_and(|p| resync(p.server.live()))) {

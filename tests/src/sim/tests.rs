@@ -12,7 +12,7 @@ fn a_seed_replays_to_the_same_hash() {
     for seed in 1..6 {
         let (first, again) = (plain(seed), plain(seed));
         assert_eq!((first.hash, first.steps), (again.hash, again.steps), "seed {seed}");
-        let told = run(seed, None, Look { lines: Some(10), watch: None });
+        let told = run(seed, None, Look { lines: Some(10), ..Look::default() });
         assert_eq!(first.hash, told.hash, "seed {seed} runs otherwise when it is looked at");
         assert!(!told.tail.is_empty());
     }

@@ -103,6 +103,8 @@ pub struct World {
     pub returning: BTreeMap<usize, Vec<(u64, super::oracle::Ticket)>>,
     /// The newest hellos of the current session.
     pub hellos: [Option<Hello>; 2],
+    /// A crash at a chosen boundary.
+    pub traps: super::trap::Traps,
     /// Cuts of a direction, so that an older heal does not end a newer cut.
     pub cuts: [u64; 2],
 }
@@ -143,6 +145,7 @@ impl World {
             resync: super::check::ResyncBudget::default(),
             returning: BTreeMap::new(),
             hellos: [None, None],
+            traps: super::trap::Traps::default(),
             cuts: [0; 2],
             profile,
             rng,

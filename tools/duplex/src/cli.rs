@@ -159,6 +159,31 @@ pub(crate) struct Daemon {
     /// How log lines look
     #[arg(long, value_name = "FORMAT", default_value = "text")]
     pub(crate) log: LogFormat,
+    /// Of test builds
+    #[cfg(feature = "crash-at")]
+    #[command(flatten)]
+    pub(crate) crash: Crash,
+}
+
+/// Where a test build stops dead.
+#[cfg(feature = "crash-at")]
+#[derive(Args, Debug)]
+pub(crate) struct Crash {
+    /// Stop dead at this boundary, the first time or the how manieth; `help` lists all
+    #[arg(long, value_name = "NAME[@TIMES]")]
+    pub(crate) crash_at: Option<String>,
+    /// `kill`: kill itself; `stop`: stop itself
+    #[arg(long, value_name = "HOW", default_value = "kill")]
+    pub(crate) crash_how: duplex_node::crash_at::How,
+    /// Times count only while this file is there
+    #[arg(long, value_name = "FILE")]
+    pub(crate) crash_armed_by: Option<PathBuf>,
+    /// Make this file at the boundary
+    #[arg(long, value_name = "FILE")]
+    pub(crate) crash_marker: Option<PathBuf>,
+    /// Acknowledge blocks of the activity log and do not write them
+    #[arg(long)]
+    pub(crate) lose_log_writes: bool,
 }
 
 #[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug)]

@@ -43,13 +43,13 @@ enum Verb {
     },
     /// The deterministic simulator
     Sim {
-        /// --seeds N | --seed S
+        /// --seeds N | --seed S | --sweep | --mutants
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
-    /// Crash rounds on the real program: a lone primary killed under random writes, resynced, compared
+    /// Crashes of the real program: under random writes, and at named boundaries of the protocol
     Crash {
-        /// --rounds N --seed S
+        /// --rounds N --seed S | --at all | --at NAME [--role ROLE] [--how kill|power] | --sabotage
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
@@ -106,7 +106,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
         Verb::Sim { args } => Tool::new("duplex-tests", "duplex-sim").hand_over(&args),
         Verb::Crash { args } => {
             packages::require(packages::LAB)?;
-            process::build_programs(false)?;
+            process::build_crash_at()?;
             Tool::new("duplex-tests", "duplex-crash").hand_over(&args)
         }
         Verb::Scale { args } => {

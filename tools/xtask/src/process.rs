@@ -72,6 +72,12 @@ pub(crate) fn build_without(feature: &str, release: bool) -> Result<()> {
         .with_context(|| format!("{} cannot be put in place", bare.display()))
 }
 
+/// Builds `duplex-crash-at`, which stops dead where it is told to, and then every program of the workspace.
+pub(crate) fn build_crash_at() -> Result<()> {
+    build_without("crash-at", false)?;
+    build_programs(false)
+}
+
 /// One program of the workspace.
 #[derive(Debug)]
 pub(crate) struct Tool {

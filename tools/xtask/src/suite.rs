@@ -26,6 +26,9 @@ const SHORT_FORM: &str = "DUPLEX_CASES_SHORT";
 /// Simulator seeds, and crash rounds on the real program, of one run of the suite.
 const SIM_SEEDS: u32 = 2000;
 const CRASH_ROUNDS: u32 = 20;
+/// Crash points of one run of the suite: in the simulator, and on the real program. `--sweep` and `--at all` take all.
+const SWEEP_RUNS: u32 = 700;
+const CRASH_POINTS: u32 = 36;
 
 /// Rounds of `duplex-scale`.
 const SCALE_ROUNDS: [&str; 3] = ["huge", "cold", "many"];
@@ -94,9 +97,11 @@ pub(crate) fn run() -> Result<ExitCode> {
     if built {
         phase("tests", &mut tests);
         phase("simulator", &mut simulator);
+        phase("simulator sweep", &mut simulator_sweep);
         phase("cases", &mut cases);
         phase("crash", &mut crash);
         phase("scale", &mut scale);
+        phase("crash points", &mut crash_points);
     }
     println!("whole run {:.1} s", begin.elapsed().as_secs_f64());
     println!("{} passed, {} failed, {} skipped", total.passed, total.failed, total.skipped);
@@ -240,6 +245,13 @@ fn simulator() -> Result<Count> {
     command("simulator", tool.command(&arguments), minutes(6))
 }
 
+/// A crash at each of some moments, one by one.
+fn simulator_sweep() -> Result<Count> {
+    let tool = Tool::new("duplex-tests", "duplex-sim");
+    let arguments = ["--sweep".to_owned(), "--runs".to_owned(), SWEEP_RUNS.to_string()];
+    command("simulator-sweep", tool.command(&arguments), minutes(4))
+}
+
 fn cases() -> Result<Count> {
     if CASES_HELD.is_empty() {
         println!("no acceptance case is held yet");
@@ -280,6 +292,19 @@ fn case_line(text: &str) -> Count {
 }
 
 fn crash() -> Result<Count> {
+    crash_tool("crash", &[&["--rounds", &CRASH_ROUNDS.to_string()]])
+}
+
+/// Crashes at named boundaries, and the proof that lost marks are found.
+fn crash_points() -> Result<Count> {
+    if packages::is_root() {
+        process::build_crash_at()?;
+    }
+    let most = CRASH_POINTS.to_string();
+    crash_tool("crash-points", &[&["--at", "all", "--most", &most], &["--sabotage"]])
+}
+
+fn crash_tool(name: &str, runs: &[&[&str]]) -> Result<Count> {
     let tool = Tool::new("duplex-tests", "duplex-crash");
     if CASES_HELD.is_empty() || !tool.exists()? {
         println!("crash rounds begin with the first case that is held");
@@ -289,8 +314,12 @@ fn crash() -> Result<Count> {
         println!("SKIPPED: the crash rounds need root");
         return Ok(Count::SKIPPED);
     }
-    let arguments = ["--rounds".to_owned(), CRASH_ROUNDS.to_string()];
-    command("crash", tool.command(&arguments), minutes(6))
+    let mut count = Count::default();
+    for words in runs {
+        let arguments: Vec<String> = words.iter().map(|word| (*word).to_owned()).collect();
+        count.add(command(name, tool.command(&arguments), minutes(6))?);
+    }
+    Ok(count)
 }
 
 fn scale() -> Result<Count> {

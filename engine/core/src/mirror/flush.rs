@@ -40,6 +40,17 @@ enum Purpose {
     Return,
 }
 
+/// What a flush of the volume's own stands before.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum OwnFlushFor {
+    /// Marks that may go.
+    Marks,
+    /// A hand-over, a demotion, an orderly stop.
+    Drain,
+    /// The return to the pair.
+    Return,
+}
+
 #[derive(Clone, Copy, Debug)]
 struct OwnFlush {
     purpose: Purpose,
@@ -91,6 +102,21 @@ impl FlushState {
 }
 
 impl Volume {
+    /// What the flush in this slot is for.
+    pub(super) fn own_flush(&self, slot: u32) -> Option<OwnFlushFor> {
+        let flush = self.flushes.own.get(slot as usize)?.as_ref()?;
+        Some(match flush.purpose {
+            Purpose::Clear | Purpose::Settle => OwnFlushFor::Marks,
+            Purpose::Drain => OwnFlushFor::Drain,
+            Purpose::Return => OwnFlushFor::Return,
+        })
+    }
+
+    /// Both copies are flushed for a drain, and the marks go.
+    pub(super) fn settles_for_drain(&self) -> bool {
+        matches!(self.flushes.draining, Some((_, Draining::Settling)))
+    }
+
     pub(super) fn idle_deadline(&self) -> Option<Instant> {
         if self.clients.running() != 0 || self.flushes.in_flight() || self.flushes.settling {
             return None;

@@ -4,9 +4,10 @@
 //! (superblock writes), `client` (requests), `peer` (the peer's operations on this disk), `lock` (range
 //! locks), `flush` (own flushes, drain, return), `front` (a server
 //! without a disk and its host), `copy` (resync source), `target` (resync target), `unreadable` (blocks
-//! that the source cannot read).
+//! that the source cannot read), `boundary` (named places between two steps, for crash tests).
 
 pub mod api;
+mod boundary;
 mod client;
 mod copy;
 mod flush;
@@ -22,4 +23,5 @@ mod tests;
 mod unreadable;
 mod volume;
 
+pub use boundary::RecordPurpose;
 pub use volume::{Volume, VolumeConfig};

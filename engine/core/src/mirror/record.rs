@@ -79,6 +79,11 @@ impl Recording {
         self.queue.push_back(job);
     }
 
+    /// The record being written.
+    pub(super) fn job(&self) -> Option<&Job> {
+        self.writing.as_deref().map(|writing| &writing.job)
+    }
+
     /// Something is to be recorded, now or once its marks are durable.
     fn has_job(&self) -> bool {
         self.marking.is_some() || !self.queue.is_empty()

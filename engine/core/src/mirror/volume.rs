@@ -105,7 +105,7 @@ impl DiskPurpose {
         DiskOpId((kind << 56) | slot as u64)
     }
 
-    const fn of(id: DiskOpId) -> Option<Self> {
+    pub(super) const fn of(id: DiskOpId) -> Option<Self> {
         let slot = (id.0 & 0xffff_ffff) as u32;
         match id.0 >> 56 {
             1 => Some(Self::Client(slot)),

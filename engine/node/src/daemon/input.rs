@@ -3,17 +3,18 @@
 use duplex_core::ids::VolumeIndex;
 use duplex_core::message::ControlMessage;
 use duplex_core::mirror::api::{Order, Pace};
+use duplex_core::pair::Server;
 use duplex_core::pair::api::{Input, Operator};
 use duplex_link::{LinkEvent, SessionEnd};
 
 use super::run::Daemon;
-use crate::clock;
 use crate::config::Config;
 use crate::control::api::{Answer, Command, PromoteMode};
 use crate::control::server::Call;
 use crate::control::status::SessionRefusal;
 use crate::failure::Failure;
 use crate::volume::{VolumeCommand, VolumeEvent, VolumeHandle};
+use crate::{clock, crash_at};
 
 /// The pace that the configuration names; operators change it while the daemon runs.
 pub(super) fn set_pace(volume: &VolumeHandle, config: &Config) {
@@ -29,6 +30,7 @@ impl Daemon {
     pub(super) fn feed(&mut self, input: Input) {
         self.inputs.push_back(input);
         while let Some(input) = self.inputs.pop_front() {
+            crash_at::reached(|| Server::boundary_at(&input));
             self.server.handle(clock::now(), input);
             self.carry_out();
         }

@@ -12,11 +12,13 @@ use duplex_core::time::Instant;
 use super::run::Daemon;
 use crate::config::Config;
 use crate::control::api::{Answer, Direction, Explanation};
+use crate::crash_at;
 use crate::volume::VolumeCommand;
 
 impl Daemon {
     pub(super) fn carry_out(&mut self) {
         while let Some(action) = self.server.poll_action() {
+            crash_at::reached(|| Server::boundary_before(&action));
             match action {
                 Action::Order(index, order) => {
                     if let Some(volume) = self.volumes.get(usize::from(index.0)).and_then(Option::as_ref) {

@@ -7,6 +7,7 @@ use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use duplex_core::boundary::Boundary;
 use duplex_core::ids::{SessionId, VolumeIndex};
 use duplex_core::pair::Server;
 use duplex_core::pair::api::{Input, Operator, OperatorToken, ServerConfig};
@@ -20,7 +21,6 @@ use super::devices::{Device, DeviceEvent};
 use super::keeper::Keeper;
 use super::page::Rate;
 use super::{Options, identity};
-use crate::clock;
 use crate::config::environment::{self, Purpose};
 use crate::config::{Config, Metadata, Problems, RunDir, Severity, secret};
 use crate::control::api::Answer;
@@ -29,6 +29,7 @@ use crate::control::status::{SessionRefusal, Status};
 use crate::events::EventLog;
 use crate::failure::Failure;
 use crate::volume::{Settings, VolumeCommand, VolumeEvent, VolumeHandle, place, spawn};
+use crate::{clock, crash_at};
 
 /// How long a killed predecessor's operations may hold a backing (see the store's text).
 pub(super) const CLAIM_WAIT: Duration = Duration::from_secs(30);
@@ -239,7 +240,12 @@ async fn open_volumes(
             Metadata::Internal => None,
             Metadata::Path(path) => Some(path.clone()),
         };
-        opening.push(tokio::task::spawn_blocking(move || place::open(data, metadata, CLAIM_WAIT)));
+        opening.push(tokio::task::spawn_blocking(move || {
+            crash_at::reached(|| Some(Boundary::G11BeforeClaim));
+            let placed = place::open(data, metadata, CLAIM_WAIT);
+            crash_at::reached(|| Some(Boundary::G11Claimed));
+            placed
+        }));
     }
     let mut handles = Vec::new();
     let mut threads = Vec::new();

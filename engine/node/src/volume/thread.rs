@@ -10,6 +10,7 @@ use duplex_core::limits::{COPY_CHUNK_BYTES, COPY_CHUNKS_MAX};
 use duplex_core::message::VolumeMessage;
 use duplex_core::mirror::api::{Action, Exposure, Input};
 use duplex_core::mirror::{Volume, VolumeConfig};
+use duplex_core::request::{DiskOp, DiskOutcome};
 use duplex_core::time::Instant;
 use duplex_frontend::FrontendEvent;
 use duplex_link::{BreakReason, ChannelEvent, ChannelLimits, DataChannel};
@@ -19,7 +20,7 @@ use duplex_store::{Store, StoreEvent};
 use super::frontends::{CLOSE_TIME, Frontends, NBD, NbdSettings};
 use super::place::Placed;
 use super::{Shared, Snapshot, VolumeCommand, VolumeEvent, VolumeHandle};
-use crate::clock;
+use crate::{clock, crash_at};
 
 const STORE: Owner = Owner(1);
 /// Channels of successive sessions have successive owners: an old one's last completions never meet a new one.
@@ -356,13 +357,14 @@ impl VolumeLoop {
     fn feed_events(&mut self) {
         let mut disk = std::mem::take(&mut self.disk_events);
         for (id, outcome) in disk.drain(..) {
-            self.core.handle(self.now, Input::Disk(id, outcome));
+            crash_at::ended(id);
+            self.give(Input::Disk(id, outcome));
         }
         put_back(&mut self.disk_events, disk);
         let mut clients = std::mem::take(&mut self.client_events);
         for event in clients.drain(..) {
             match event {
-                FrontendEvent::Request(request) => self.core.handle(self.now, Input::Request(request)),
+                FrontendEvent::Request(request) => self.give(Input::Request(request)),
                 FrontendEvent::ClientOpened | FrontendEvent::ClientClosed => {}
             }
         }
@@ -400,7 +402,7 @@ impl VolumeLoop {
                     | VolumeMessage::SyncDone { .. }
                     | VolumeMessage::SyncAck { .. } => buffer,
                 };
-                self.core.handle(self.now, Input::Message(session, message, buffer));
+                self.give(Input::Message(session, message, buffer));
             }
             ChannelEvent::Broken { attempt, reason } => {
                 let fatal = matches!(reason, BreakReason::Mismatch(_));
@@ -411,12 +413,24 @@ impl VolumeLoop {
         }
     }
 
+    fn give(&mut self, input: Input) {
+        crash_at::reached(|| self.core.boundary_at(&input));
+        self.core.handle(self.now, input);
+    }
+
+    fn begin_disk(&mut self, mut op: DiskOp) {
+        if crash_at::log_write_is_lost(&op) {
+            return self.disk_events.push((op.id, DiskOutcome::Done));
+        }
+        crash_at::begins(&mut op, |op| self.core.boundary_before_disk(op));
+        self.store.submit(op, &mut self.ring, &mut self.arena, &mut self.disk_events);
+    }
+
     fn carry_out(&mut self) {
         while let Some(action) = self.core.poll_action() {
+            crash_at::reached(|| self.core.boundary_before(&action));
             match action {
-                Action::Disk(op) => {
-                    self.store.submit(op, &mut self.ring, &mut self.arena, &mut self.disk_events);
-                }
+                Action::Disk(op) => self.begin_disk(op),
                 Action::Send(session, message, buffer) => self.send(session, message, buffer),
                 Action::Complete(id, result) => {
                     self.frontends.complete(

@@ -1,5 +1,7 @@
 //! What each verb does.
 
+#[cfg(feature = "crash-at")]
+mod crash;
 mod events;
 mod local;
 mod offline;
@@ -33,6 +35,10 @@ pub(crate) fn run(cli: Cli) -> Result<Exit, Failure> {
         Verb::Dump(options) => offline::dump(&common, &run_dir, &options),
         Verb::Generate { kind, dir } => generate::generate(kind, &dir).map(|()| Exit::Done),
         Verb::Daemon(options) => {
+            #[cfg(feature = "crash-at")]
+            if !crash::arm(options.crash)? {
+                return Ok(Exit::Done);
+            }
             logging::begin(options.log);
             let options = daemon::Options { config: common.config, server: common.server, run_dir };
             daemon::run(&options).map(|()| Exit::Done)
