@@ -139,7 +139,18 @@ impl Bench {
             }
             VolumeMessage::Flush { id } => Some(VolumeMessage::FlushAck { id, outcome: RemoteOutcome::Done }),
             VolumeMessage::SyncDone { .. } => Some(VolumeMessage::SyncAck { outcome: RemoteOutcome::Done }),
-            _ => None,
+            VolumeMessage::Write { .. }
+            | VolumeMessage::Zero { .. }
+            | VolumeMessage::Ack { .. }
+            | VolumeMessage::FlushAck { .. }
+            | VolumeMessage::CopyZero { .. }
+            | VolumeMessage::CopyAck { .. }
+            | VolumeMessage::Read { .. }
+            | VolumeMessage::ReadReply { .. }
+            | VolumeMessage::MarksPage { .. }
+            | VolumeMessage::MarksEnd { .. }
+            | VolumeMessage::MarksAck { .. }
+            | VolumeMessage::SyncAck { .. } => None,
         }
     }
 
@@ -152,11 +163,9 @@ impl Bench {
     }
 
     fn unreadable(&self) -> Vec<ByteRange> {
-        let told = self.reports.iter().filter_map(|report| match report {
-            Report::Unreadable { range } => Some(*range),
-            _ => None,
-        });
-        told.collect()
+        let told = self.reports.iter();
+        told.filter_map(|report| if let Report::Unreadable { range } = report { Some(*range) } else { None })
+            .collect()
     }
 }
 
