@@ -100,6 +100,8 @@ pub enum CopyChange {
         /// The record as it was.
         before: Box<CopyRecord>,
     },
+    /// `decide` named this copy the source and nobody serves: unproven = no, as going alone would set it.
+    Proven,
     /// G5: becomes a target, inconsistent towards this generation.
     Target {
         /// The source's generation.

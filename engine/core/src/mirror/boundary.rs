@@ -53,6 +53,7 @@ impl Volume {
                     }
                 }
                 CopyChange::Identity { .. }
+                | CopyChange::Proven
                 | CopyChange::WholeMap { .. }
                 | CopyChange::TakeBack { .. }
                 | CopyChange::Outdated

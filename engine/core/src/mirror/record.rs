@@ -222,6 +222,10 @@ impl Volume {
                 next.copy.base = *generation;
                 false
             }
+            CopyChange::Proven => {
+                next.copy.unproven = false;
+                false
+            }
             CopyChange::Surrender { to, full: _ } => {
                 surrender(&mut next.copy, *to);
                 false
@@ -324,7 +328,8 @@ const fn marks_everything(change: &CopyChange) -> bool {
         | CopyChange::NewGeneration { .. }
         | CopyChange::Target { .. }
         | CopyChange::TakeBack { .. }
-        | CopyChange::Outdated => false,
+        | CopyChange::Outdated
+        | CopyChange::Proven => false,
     }
 }
 

@@ -2,8 +2,8 @@
 //!
 //! Rooms: `api` (what goes in and out), `server` (the machine), `session` (hello, agreement, what follows
 //! from `decide`), `solo` (freezing and going alone, G4, G7), `rejoin` (the end of a resync, G6), `roles`
-//! (promote, demote, hand-over, G9), `operator` (commands), `full_copy` (what comes before one), `stop`
-//! (orderly end), `remedy` (what mends a refusal), `steps` (records on all volumes before anything follows
+//! (promote, demote, hand-over, G9), `operator` (commands), `full_copy` and `vouch` (what comes before
+//! a copy), `stop` (orderly end), `remedy` (what mends a refusal), `steps` (records on all volumes before anything follows
 //! from them), `heartbeat` (lease and silence), `boundary` (named places between two steps, for crash tests).
 
 pub mod api;
@@ -23,6 +23,7 @@ mod steps;
 mod stop;
 #[cfg(test)]
 mod tests;
+mod vouch;
 
 pub use explain::{Direction, Explained};
 pub use server::{Server, SessionView, VolumeView};

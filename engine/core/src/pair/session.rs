@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use super::full_copy::waits_for_whole_map;
 use super::server::{Server, Serving};
 use super::steps::Step;
+use super::vouch::waits_for_vouched;
 use crate::format::record::{CopyState, Era, Origin};
 use crate::ids::{Epoch, Generation, Incarnation, SessionId, VolumeIndex};
 use crate::message::{ControlMessage, Hello, LiveState, PROTOCOL_VERSION, VolumeHello};
@@ -267,6 +268,7 @@ impl Server {
             | Step::HandedOver { .. }
             | Step::Demoted { .. }
             | Step::Surrendered
+            | Step::Vouched
             | Step::MapsWhole { .. }
             | Step::Activated { .. }
             | Step::MarksTold
@@ -518,7 +520,7 @@ impl Server {
             self.go_alone(&format!("source of the resync by {rule}"), Origin::Solo);
             return;
         }
-        if self.makes_maps_whole(&parts, rule) {
+        if (!alone && self.vouches(rule)) || self.makes_maps_whole(&parts, rule) {
             return;
         }
         for (index, part) in self.indexes().zip(parts) {
@@ -540,7 +542,7 @@ impl Server {
             // The source goes alone first; its next hello comes then.
             return self.set_phase(Phase::Hello);
         }
-        if waits_for_whole_map(&parts, theirs) {
+        if (!source_serves && waits_for_vouched(theirs)) || waits_for_whole_map(&parts, theirs) {
             return self.set_phase(Phase::Hello);
         }
         let Some(session) = self.session.as_ref().map(|s| s.id) else {

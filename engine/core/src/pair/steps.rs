@@ -64,6 +64,8 @@ pub(super) enum Step {
     },
     CleanStop,
     Surrendered,
+    /// A source that does not serve made its copies proven.
+    Vouched,
     /// Every block of these volumes is marked for a full copy.
     MapsWhole {
         volumes: Vec<bool>,
@@ -173,6 +175,7 @@ impl Server {
                 Step::GoneAlone { .. }
                 | Step::TargetReady { .. }
                 | Step::PrimaryReady { token: None, .. }
+                | Step::Vouched
                 | Step::MapsWhole { .. }
                 | Step::MirroredNoted { .. } => {}
             }
@@ -207,7 +210,7 @@ impl Server {
             Step::Surrendered => self.surrendered(),
             Step::MapsWhole { volumes } => self.maps_are_whole(&volumes),
             Step::Activated { token } => self.activated(token),
-            Step::MarksTold | Step::TakenBack | Step::Noted => {}
+            Step::MarksTold | Step::TakenBack | Step::Vouched | Step::Noted => {}
         }
     }
 

@@ -136,8 +136,10 @@ fn change_copy(copy: &mut CopyRecord, change: CopyChange) {
             copy.base = copy.generation;
             copy.generation = generation;
             copy.origin = origin;
+            copy.unproven = false;
             copy.state = CopyState::UpToDate;
         }
+        CopyChange::Proven => copy.unproven = false,
         CopyChange::WholeMap { generation } => {
             copy.history.insert(0, copy.generation);
             copy.base = generation;
@@ -364,13 +366,18 @@ impl Bench {
         bench
     }
 
-    /// The target's volume adopted the source's generation.
+    /// The target's volume 0 adopted the source's generation.
     fn adopt(&mut self, target: usize) {
-        let source = self.nodes[1 - target].disks[0].copy.clone();
-        let disk = &mut self.nodes[target].disks[0];
-        disk.copy = CopyRecord { base: source.generation, ..source };
+        self.adopt_volume(target, 0);
+    }
+
+    fn adopt_volume(&mut self, target: usize, volume: u16) {
+        let at = usize::from(volume);
+        let source = self.nodes[1 - target].disks[at].copy.clone();
+        let disk = &mut self.nodes[target].disks[at];
+        disk.copy = CopyRecord { base: source.generation, unproven: false, ..source };
         let copy = Box::new(disk.copy.clone());
-        self.input(target, Input::Report(VolumeIndex(0), Report::Adopted { copy }));
+        self.input(target, Input::Report(VolumeIndex(volume), Report::Adopted { copy }));
     }
 
     fn synced(&mut self, source: usize) {
@@ -379,6 +386,7 @@ impl Bench {
     }
 }
 
+mod before_a_copy;
 mod half_alone;
 mod one_copy;
 mod waits;
