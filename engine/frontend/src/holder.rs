@@ -151,6 +151,7 @@ pub fn run_holder(path: &Path) -> Result<(), HolderError> {
     }
     let listener = listen_at(path).map_err(system("make the socket"))?;
     prepare_process();
+    let_output_go();
     let mut holder = Holder { listener, clients: Vec::new(), held: BTreeMap::new() };
     while holder.step().map_err(system("poll"))? {}
     // A successor may already be starting; it removes what it finds.
@@ -178,6 +179,15 @@ fn listen_at(path: &Path) -> io::Result<OwnedFd> {
     rustix::fs::chmod(path, rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR)?;
     listen(&listener, CLIENTS_MAX as i32)?;
     Ok(listener)
+}
+
+/// Whoever started the holder sees by the end of its output that it listens.
+fn let_output_go() {
+    let null = File::options().write(true).open("/dev/null");
+    let gone = null.and_then(|null| Ok(rustix::stdio::dup2_stdout(&null)?));
+    if let Err(error) = gone {
+        tracing::warn!(%error, "holder: cannot let its output go");
+    }
 }
 
 /// The holder must not keep a directory busy, be the one that dies when memory is short, or run out of descriptors.

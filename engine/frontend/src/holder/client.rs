@@ -4,7 +4,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, poll};
@@ -173,7 +173,8 @@ pub fn wait_for_end(watched: &OwnedFd) {
 pub fn start_holder(mut command: Command, path: &Path) -> Result<(Child, HolderClient), HolderError> {
     let failed =
         |step: &'static str| move |source| HolderError::System { path: path.to_owned(), step, source };
-    command.stdin(Stdio::null()).stdout(Stdio::null());
+    // The holder lets its standard output go once it listens; the kernel does so when it ends.
+    command.stdin(Stdio::null()).stdout(Stdio::piped());
     // SAFETY: `setsid` is a plain system call, sound between fork and exec.
     unsafe {
         command.pre_exec(|| {
@@ -182,22 +183,46 @@ pub fn start_holder(mut command: Command, path: &Path) -> Result<(Child, HolderC
         });
     }
     let mut child = command.spawn().map_err(failed("start it"))?;
-    let began = Instant::now();
-    loop {
-        if let Some(client) = HolderClient::connect(path)? {
-            return Ok((child, client));
+    let output = child.stdout.take();
+    let connected = match output.map(wait_until_let_go).transpose() {
+        Ok(_) => HolderClient::connect(path),
+        Err(error) => Err(failed("wait until it answers")(error)),
+    };
+    match connected {
+        Ok(Some(client)) => Ok((child, client)),
+        Ok(None) => {
+            // It has ended, or somebody took its socket away: then it is of no use and must not be waited for.
+            let _ = child.kill();
+            let status = child.wait().map_err(failed("wait for it"))?;
+            Err(HolderError::Ended { path: path.to_owned(), status })
         }
-        if let Some(status) = child.try_wait().map_err(failed("wait for it"))? {
-            return Err(HolderError::Ended { path: path.to_owned(), status });
-        }
-        if began.elapsed() > ANSWER_WAIT {
+        Err(error) => {
             // Of no use to anybody, and it may yet come up: end it.
             let _ = child.kill();
             let _ = child.wait();
-            return Err(failed("wait until it answers")(io::ErrorKind::TimedOut.into()));
+            Err(error)
         }
-        // A socket that does not exist yet cannot be waited for: look again, until `ANSWER_WAIT` at most. Not on a
-        // volume's thread.
-        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Waits until nobody writes to a pipe any more, [`ANSWER_WAIT`] at most. What is written is dropped.
+fn wait_until_let_go(pipe: ChildStdout) -> io::Result<()> {
+    let end = Instant::now() + ANSWER_WAIT;
+    let mut dropped = [0; 256];
+    loop {
+        let left = end.saturating_duration_since(Instant::now());
+        let left =
+            rustix::event::Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
+        let mut polled = [PollFd::new(&pipe, PollFlags::IN)];
+        match poll(&mut polled, Some(&left)) {
+            Ok(0) => return Err(io::ErrorKind::TimedOut.into()),
+            Ok(_) => {
+                if rustix::io::retry_on_intr(|| rustix::io::read(&pipe, &mut dropped))? == 0 {
+                    return Ok(());
+                }
+            }
+            Err(rustix::io::Errno::INTR) => {}
+            Err(errno) => return Err(errno.into()),
+        }
     }
 }
