@@ -85,8 +85,8 @@ impl LoopDevice {
                 let users = device_users(&self.path, LOOP_MAJOR, self.number);
                 return Err(LoopError::StillHeld { path: self.path.clone(), users });
             }
-            // The kernel tells nobody when a loop device is free: look again, until `DETACH_WAIT` at most. Not on a
-            // volume's thread.
+            // Another program (udev's probe) may have it open for a moment, and the kernel's event for the last close
+            // comes before the device is free: look again, until `DETACH_WAIT` at most. Not on a volume's thread.
             std::thread::sleep(std::time::Duration::from_millis(5));
         }
         Ok(())
