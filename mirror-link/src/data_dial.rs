@@ -185,7 +185,6 @@ pub(crate) async fn dial_volume(
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 

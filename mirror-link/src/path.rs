@@ -214,7 +214,6 @@ impl ControlConnection {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 

@@ -164,7 +164,6 @@ pub(crate) fn session_id(dialler: (Incarnation, u128), listener: (Incarnation, u
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 

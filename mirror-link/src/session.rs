@@ -139,7 +139,6 @@ impl Session {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use duplex_core::ids::{BootId, Incarnation};
 

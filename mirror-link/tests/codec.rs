@@ -1,5 +1,5 @@
 //! What is sent is what is received; what was altered is never taken for something else.
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, reason = "tests and their helpers: a panic with its place is the report")]
 
 use duplex_core::format::record::{CopyRecord, ServerRecord};
 use duplex_core::ids::{

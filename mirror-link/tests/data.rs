@@ -1,5 +1,6 @@
 //! A volume's channel over real sockets: every message once, in order, whole, whatever happens on the way.
-#![allow(clippy::unwrap_used, clippy::wildcard_enum_match_arm)]
+#![allow(clippy::unwrap_used, reason = "tests and their helpers: a panic with its place is the report")]
+#![allow(clippy::wildcard_enum_match_arm, reason = "a test waits for one event among all there are")]
 
 mod common;
 

@@ -1,5 +1,6 @@
 //! Those who are not the peer: refused by name, bounded, and without harm to the pair.
-#![allow(clippy::unwrap_used, clippy::wildcard_enum_match_arm)]
+#![allow(clippy::unwrap_used, reason = "tests and their helpers: a panic with its place is the report")]
+#![allow(clippy::wildcard_enum_match_arm, reason = "a test waits for one event among all there are")]
 
 mod common;
 

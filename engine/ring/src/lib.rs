@@ -5,7 +5,6 @@
 //! `io_uring_enter` in the usual case, and hands every [`Completion`] to the component that owns it.
 //! Payload lives in the [`Arena`]: slots aligned for `O_DIRECT`, counted by reference, named by
 //! [`duplex_core::ids::BufferId`].
-#![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod arena;
 mod error;

@@ -1,5 +1,5 @@
 //! The ring against the real kernel.
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, reason = "tests and their helpers: a panic with its place is the report")]
 
 use std::os::fd::AsRawFd;
 use std::sync::mpsc;

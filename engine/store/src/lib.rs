@@ -20,7 +20,6 @@
 //!   must outlive the daemon has to be started by fork *and* exec, before the backing is opened or with nothing inherited.
 //!
 //! Therefore [`Backing::open`] tries again for [`BackingConfig::wait`] when nobody permanent (a mount, a holder, swap) is in sight.
-#![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod backing;
 mod error;

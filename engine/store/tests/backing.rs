@@ -1,5 +1,5 @@
 //! Opening, claiming, refusing and probing, with real files, loop devices and mounts.
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, reason = "tests and their helpers: a panic with its place is the report")]
 
 mod common;
 

@@ -1,5 +1,5 @@
 //! The store's operations against real files and loop devices.
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, reason = "tests and their helpers: a panic with its place is the report")]
 
 mod common;
 

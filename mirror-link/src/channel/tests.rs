@@ -1,5 +1,4 @@
 //! The channel against a peer that speaks raw bytes, and the parser against any division of them.
-#![allow(clippy::unwrap_used)]
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};

@@ -1,5 +1,6 @@
 //! Two linked servers on the loopback, a proxy that harms what passes, a volume's thread.
-#![allow(clippy::unwrap_used, dead_code, unreachable_pub)]
+#![allow(clippy::unwrap_used, reason = "tests and their helpers: a panic with its place is the report")]
+#![allow(dead_code, unreachable_pub, reason = "each test program uses a part of this")]
 
 use std::collections::VecDeque;
 use std::io::{Read, Write};

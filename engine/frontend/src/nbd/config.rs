@@ -217,8 +217,6 @@ pub trait AllocationSource {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use super::*;
 
     fn contains(network: &str, address: &str) -> bool {

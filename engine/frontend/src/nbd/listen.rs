@@ -136,8 +136,6 @@ pub(super) fn set_up_tcp(socket: &OwnedFd) -> io::Result<SocketAddr> {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use std::os::unix::net::UnixListener;
 
     use super::*;

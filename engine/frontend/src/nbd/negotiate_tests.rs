@@ -1,5 +1,4 @@
 //! Tests of the negotiation.
-#![allow(clippy::unwrap_used)]
 
 use proptest::prelude::*;
 

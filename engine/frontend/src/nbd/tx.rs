@@ -208,8 +208,6 @@ pub(super) unsafe fn send_now(socket: BorrowedFd<'_>, message: *const libc::msgh
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use super::*;
 
     fn lengths(tx: &mut Tx, arena: &Arena) -> Vec<usize> {
