@@ -112,6 +112,7 @@ fn interrupted(stage: &mut Stage) -> Result<()> {
     let rounds = if super::short() { 1 } else { ROUNDS.len() };
     for breaks in &ROUNDS[..rounds] {
         fall_behind(pair, &history, 8192)?;
+        pair.alpha.must(&["resync", "max-rate", "4MiB"])?;
         pair.beta.boot(false)?;
         pair.beta.start_daemon()?;
         let whole = pair.alpha.dirty_blocks()? * BLOCK_BYTES as u64;
@@ -120,8 +121,9 @@ fn interrupted(stage: &mut Stage) -> Result<()> {
             ensure!(left > 0, "nothing was left to interrupt at {percent} %");
             target_is_inconsistent(pair)?;
             hot_blocks(pair, &history)?;
+            let before = resyncs(pair)?.len();
             interrupt(pair, *how, sabotage)?;
-            resumed(pair, left).with_context(|| format!("{how:?} lost at {percent} %"))?;
+            resumed(pair, before, left).with_context(|| format!("{how:?} lost at {percent} %"))?;
         }
         end_without_a_stall(pair, &history)?;
     }
@@ -172,18 +174,23 @@ fn interrupt(pair: &mut Pair, how: Break, sabotage: bool) -> Result<()> {
     Ok(())
 }
 
+/// How alpha's resyncs began, oldest first.
+fn resyncs(pair: &Pair) -> Result<Vec<Value>> {
+    pair.alpha.events_of("sync-started")
+}
+
 /// The resync that follows begins with what was left, with what was copied since both were flushed (within a second, or
 /// a little more where the machine is slow, at 4 MiB/s) and with the extent (4 MiB) of the hot blocks where the source
 /// was killed: not with everything.
-fn resumed(pair: &Pair, left_bytes: u64) -> Result<()> {
-    let before = pair.alpha.events_of("sync-started")?.len();
+fn resumed(pair: &Pair, before: usize, left_bytes: u64) -> Result<()> {
+    // By its event: the state is seen earlier than the event, and the event before it tells of another resync.
     let event = wait::until("the resync to go on", LIMIT, || {
-        let started = pair.alpha.events_of("sync-started")?;
-        let syncing = pair.alpha.status_word("/state")? == "syncing";
-        Ok(if syncing || started.len() > before { started.last().cloned() } else { None })
+        let started = resyncs(pair)?;
+        Ok(started.get(before..).and_then(|new| new.last()).cloned())
     })?;
-    let marked = (number(&event, "my_blocks")? + number(&event, "their_blocks")?) * BLOCK_BYTES as u64;
-    Stage::note(&format!("{left_bytes} bytes were left, goes on with {marked} marked"));
+    let (mine, theirs) = (number(&event, "my_blocks")?, number(&event, "their_blocks")?);
+    let marked = (mine + theirs) * BLOCK_BYTES as u64;
+    Stage::note(&format!("{left_bytes} bytes were left, goes on with {mine} + {theirs} blocks marked"));
     ensure!(marked <= left_bytes + (12 << 20), "began with {marked} bytes where {left_bytes} were left");
     Ok(())
 }
