@@ -6,7 +6,6 @@
 use std::fmt;
 
 use crate::format::record::{CopyRecord, CopyState};
-use crate::ids::Generation;
 use crate::message::{Hello, VolumeHello};
 use crate::mirror::api::CopyPlan;
 
@@ -468,20 +467,26 @@ fn descends(newer: Side<'_>, older: Side<'_>) -> Decision {
     if !newer.is_up_to_date() {
         return refuse(Rule::NewerUnusable, "newer-unusable", newer.describe(), older.describe());
     }
-    let newer = newer.copy();
-    let toward = match older.copy().state {
+    Decision { rule: Rule::Descends, outcome: Outcome::Source(plan(newer, older)) }
+}
+
+/// The marks of both name every block that may differ only if the source's map reaches what the target holds: its
+/// generation, or the one it was last made towards, of which it may hold any block.
+fn plan(source: Side<'_>, target: Side<'_>) -> CopyPlan {
+    let holds = match target.copy().state {
         CopyState::Inconsistent { toward } => toward,
-        CopyState::Blank | CopyState::UpToDate | CopyState::Outdated | CopyState::Failed => Generation::NONE,
+        CopyState::Blank | CopyState::UpToDate | CopyState::Outdated | CopyState::Failed => {
+            target.copy().generation
+        }
     };
-    let union = newer.map_reaches(older.copy().generation) || newer.map_reaches(toward);
-    let plan = if union { CopyPlan::Union } else { CopyPlan::Full };
-    Decision { rule: Rule::Descends, outcome: Outcome::Source(plan) }
+    if source.copy().map_reaches(holds) { CopyPlan::Union } else { CopyPlan::Full }
 }
 
 /// D10 to D15: the same generation on both.
 fn equal(mine: Side<'_>, theirs: Side<'_>) -> Decision {
     let towards = |rule, i_am_source: bool| {
-        let decision = Decision { rule, outcome: Outcome::Source(CopyPlan::Union) };
+        let (source, target) = if i_am_source { (mine, theirs) } else { (theirs, mine) };
+        let decision = Decision { rule, outcome: Outcome::Source(plan(source, target)) };
         if i_am_source { decision } else { decision.reversed() }
     };
     match (mine.is_up_to_date(), theirs.is_up_to_date()) {

@@ -1,5 +1,6 @@
 use super::*;
 use crate::format::record::Era;
+use crate::ids::Generation;
 use crate::ids::{Epoch, PairId, Proven, Sequence, ServerName, VolumeId};
 use crate::message::LiveState;
 use crate::resync::fixtures::{copy, generation, hello};
@@ -247,6 +248,18 @@ fn d9_after_a_full_copy_began_an_older_disk_needs_everything() {
 }
 
 #[test]
+fn blocks_of_a_lineage_the_source_does_not_know_need_everything() {
+    // B was being copied towards 9 when A's disk was put back to an image of generation 1.
+    let (mut a, mut b) = two();
+    rec(&mut b).state = CopyState::Inconsistent { toward: generation(9) };
+    expect(&a, &b, Rule::Unfinished, Outcome::Source(CopyPlan::Full));
+    goes_alone(&mut a, 2);
+    expect(&a, &b, Rule::Descends, Outcome::Source(CopyPlan::Full));
+    rec(&mut b).state = CopyState::Inconsistent { toward: generation(2) };
+    expect(&a, &b, Rule::Descends, Outcome::Source(CopyPlan::Union));
+}
+
+#[test]
 fn d9x_newer_unusable() {
     let (mut a, b) = two();
     goes_alone(&mut a, 2);
@@ -385,11 +398,12 @@ fn check(a: &Hello, b: &Hello) -> Rule {
     let related = from.generation == to.generation || from.descends_from(to.generation);
     assert!(never_filled || related, "diverged or unrelated data overwritten: {a:?} {b:?}");
     if let Outcome::Source(CopyPlan::Union) | Outcome::Target(CopyPlan::Union) = decision.outcome {
-        let towards = match to.state {
-            CopyState::Inconsistent { toward } => from.map_reaches(toward),
-            CopyState::Blank | CopyState::UpToDate | CopyState::Outdated | CopyState::Failed => false,
+        // A copy half made towards a generation may hold any block of it.
+        let held = match to.state {
+            CopyState::Inconsistent { toward } => toward,
+            CopyState::Blank | CopyState::UpToDate | CopyState::Outdated | CopyState::Failed => to.generation,
         };
-        let reached = from.map_reaches(to.generation) || from.generation == to.generation || towards;
+        let reached = from.map_reaches(held) || from.generation == held;
         assert!(reached, "a map relied on that does not reach back: {a:?} {b:?}");
     }
     if !never_filled {
