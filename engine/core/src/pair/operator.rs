@@ -224,14 +224,10 @@ impl Server {
                     "both servers hold blocks the other lacks; see `duplex explain`, then `duplex resolve`";
                 self.answer(token, refuse("split-brain", text));
             }
-            Some(_) | None if self.record.era.is_solo() => {
+            // Its own solo right was never given back: nobody can hold anything newer.
+            Some(_) | None if self.record.era.is_solo() && !self.solo_is_unfinished() => {
                 self.wait(token, Waiting::Alone);
-                if self.solo_is_unfinished() {
-                    self.go_alone("promoted by the operator", Origin::Solo);
-                } else {
-                    // Its own solo right was never given back: nobody can hold anything newer.
-                    self.take_up_solo("promoted by the operator; it holds the solo right");
-                }
+                self.take_up_solo("promoted by the operator; it holds the solo right");
             }
             Some(_) => {
                 let text = format!(
@@ -279,7 +275,10 @@ impl Server {
         if !self.all_up_to_date() {
             return self.answer(token, refuse("not-up-to-date", self.why_not_current()));
         }
-        if !self.eligible && !self.record.era.is_solo() {
+        // Where it never served alone, a copy that lost its memory may lack what the peer's has (D13).
+        let holds_right = self.record.era.is_solo()
+            && !(self.solo_is_unfinished() && self.copies().any(|copy| copy.unproven));
+        if !self.eligible && !holds_right {
             let text = format!(
                 "this copy is not proven current: it was not mirrored when the peer was last heard (since epoch {}). \
                  If data may be lost: `duplex promote --force {}`",

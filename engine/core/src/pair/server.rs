@@ -43,6 +43,8 @@ pub(super) struct VolumeState {
     pub(super) failed: Option<i32>,
     /// Its disk lacks the record of going alone that another volume's has.
     pub(super) lacks_solo: bool,
+    /// Whether it lacks that was settled when its disk was read; later this process's own records count.
+    pub(super) solo_settled: bool,
     /// Every block is marked under a generation no copy was made towards, and nothing was copied since.
     pub(super) whole_map: bool,
     /// Detached, and its backing let go: nothing answers for it.
@@ -529,17 +531,19 @@ impl Server {
             .iter()
             .filter_map(|v| v.facts.as_ref())
             .map(|f| &f.server)
-            .max_by_key(|record| record.order())
+            // A volume that lacks a solo run has a record of the same number that does not tell of it.
+            .max_by_key(|record| (record.order(), record.era.is_solo()))
             .cloned();
+        let first = !self.was_loaded;
         // A disk that was put in while this process runs may know less than the process does.
-        if let Some(record) = newest.filter(|record| record.order() > self.record.order() || !self.was_loaded)
-        {
+        if let Some(record) = newest.filter(|record| first || record.order() > self.record.order()) {
             self.record = record;
         }
         self.was_loaded = true;
-        for volume in &mut self.volumes {
+        for volume in self.volumes.iter_mut().filter(|volume| !volume.solo_settled) {
             let lacks = |facts: &Facts| !facts.server.era.is_solo();
             volume.lacks_solo = self.record.era.is_solo() && volume.facts.as_ref().is_some_and(lacks);
+            volume.solo_settled = true;
         }
         self.loaded = true;
         let dirty: u64 = self.volumes.iter().filter_map(|v| v.facts.as_ref()).map(|f| f.dirty_blocks).sum();
@@ -551,7 +555,10 @@ impl Server {
         fields.insert("in_flight_extents".to_owned(), replayed.to_string());
         let text = format!("recovered {dirty} dirty blocks, {replayed} extents were in flight");
         self.event_with("recovered", text, "start", fields);
-        self.resume_solo();
+        // A disk that comes back while the process runs gives no right: the peer may have it by now.
+        if first {
+            self.resume_solo();
+        }
         if let Some(session) = self.session.as_ref().map(|s| s.id) {
             self.begin_hello(session);
         }

@@ -5,7 +5,7 @@ use super::session::Phase;
 use super::steps::Step;
 use crate::format::record::{CopyRecord, Era, Origin, ServerRecord};
 use crate::ids::{ByteRange, Epoch, Generation, SessionId};
-use crate::message::ControlMessage;
+use crate::message::{ControlMessage, LiveState};
 use crate::mirror::api::{CopyChange, MapReach, Order, ServeMode};
 
 /// What stood before a G4 that is not finished.
@@ -26,14 +26,20 @@ impl Server {
         if self.volumes.iter().any(|v| v.failed.is_some()) {
             return self.cannot_go_alone();
         }
+        let gave_back = self.serving == Serving::Returning;
         let frozen_before = self.frozen_since;
         self.freeze();
         self.frozen_since = frozen_before.or(Some(self.now));
         self.drop_roles_in_session();
         self.take_return_back();
         let number = self.next_epoch_number();
+        let mut record = self.record.clone();
+        if gave_back {
+            // The targets adopted everything: without a new right there is none (G7).
+            record.era = Era::Pair;
+        }
         self.attempt = Some(Attempt {
-            record: self.record.clone(),
+            record,
             copies: self.copies().cloned().collect(),
             lacks_solo: self.volumes.iter().map(|volume| volume.lacks_solo).collect(),
         });
@@ -217,6 +223,8 @@ impl Server {
                 self.send(ControlMessage::CopyFailed { volume, errno });
             }
             (Serving::Front, _) => {}
+            // The copies are not in step, and nobody serves: whether the other may is for `decide` (D4).
+            (Serving::No, None) if !self.peer_serves() => self.close_session("this copy failed"),
             (Serving::No, _) => {
                 self.send(ControlMessage::CopyFailed { volume, errno });
                 self.order_all(&Order::Leave);
@@ -224,6 +232,12 @@ impl Server {
                 self.reason = self.why_not_current();
             }
         }
+    }
+
+    /// The peer said that it serves, or is about to.
+    fn peer_serves(&self) -> bool {
+        let live = self.session.as_ref().and_then(|session| session.peer_live);
+        live.is_some_and(|live| live.is_alone() || live.is_live_primary() || live == LiveState::Granted)
     }
 
     /// Nothing completes here any more: the peer may serve.

@@ -151,6 +151,7 @@ impl Server {
         let (stuck, rest): (VecDeque<Pending>, VecDeque<Pending>) =
             std::mem::take(&mut self.pending).into_iter().partition(owed);
         self.pending = rest;
+        let gave_back = stuck.iter().any(|pending| matches!(pending.step, Step::Returned { .. }));
         for pending in stuck {
             match pending.step {
                 // Answered by a failed copy, too.
@@ -171,14 +172,18 @@ impl Server {
                     self.answer(token, Err(Refusal { code: "disk-failed", text }));
                 }
                 Step::Surrendered => self.on_resolved(Err(self.why_not_current())),
-                Step::Returned { .. } => self.record.era = self.era_before_return,
                 Step::GoneAlone { .. }
                 | Step::TargetReady { .. }
                 | Step::PrimaryReady { token: None, .. }
+                | Step::Returned { .. }
                 | Step::Vouched
                 | Step::MapsWhole { .. }
                 | Step::MirroredNoted { .. } => {}
             }
+        }
+        if gave_back {
+            // The targets adopted everything: the right stays given back, on every disk that takes a record (G7).
+            self.record_only(Step::Noted);
         }
     }
 

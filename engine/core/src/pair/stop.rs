@@ -38,6 +38,7 @@ impl Server {
     }
 
     pub(super) fn drained_for_stop(&mut self) {
+        self.waiting_to_serve = None;
         if self.serving != Serving::No {
             self.serving = Serving::No;
             self.order_all(&Order::Close);

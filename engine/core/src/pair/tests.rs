@@ -218,11 +218,19 @@ impl Bench {
 
     /// The process ends; another one reads the same disks.
     fn restart(&mut self, at: usize) {
-        self.cut();
-        let config = self.nodes[at].server.config.clone();
-        self.nodes[at].server = Server::new(config);
-        self.nodes[at].held.clear();
+        self.begin_process(at);
         self.load(at);
+    }
+
+    /// The process ends; another one begins.
+    fn begin_process(&mut self, at: usize) {
+        self.cut();
+        let node = &mut self.nodes[at];
+        node.server = Server::new(node.server.config.clone());
+        node.held.clear();
+        for disk in &mut node.disks {
+            disk.serve = None;
+        }
     }
 
     fn input(&mut self, at: usize, input: Input) {
@@ -345,6 +353,20 @@ impl Bench {
         self.input(at, Input::Report(VolumeIndex(volume), report));
     }
 
+    /// The operator's `attach` of the same disk, which can be written again.
+    fn attach(&mut self, at: usize, volume: u16) {
+        let disk = &mut self.nodes[at].disks[usize::from(volume)];
+        disk.failed = false;
+        let facts = Facts {
+            server: disk.server.clone(),
+            copy: disk.copy.clone(),
+            dirty_blocks: disk.dirty_blocks,
+            replayed_extents: 0,
+        };
+        self.input(at, Input::Reopened(VolumeIndex(volume)));
+        self.input(at, Input::Report(VolumeIndex(volume), Report::Loaded(Box::new(facts))));
+    }
+
     fn live(&self, at: usize) -> LiveState {
         self.nodes[at].server.live()
     }
@@ -386,6 +408,7 @@ impl Bench {
     }
 }
 
+mod attach;
 mod before_a_copy;
 mod half_alone;
 mod one_copy;

@@ -71,6 +71,18 @@ fn a_command_that_waits_for_it_is_refused() {
 }
 
 #[test]
+fn a_server_that_is_told_to_end_does_not_begin_to_serve() {
+    let mut bench = Bench::mirrored(1, Some(A));
+    bench.cut();
+    bench.ask(B, Operator::PromotePeerIsDown);
+    assert_eq!(bench.live(B), LiveState::Granted, "the old primary's lease may not be over");
+    bench.nodes[B].hold = |_, order| matches!(order, Order::Record { .. });
+    bench.ask(B, Operator::Down);
+    bench.advance(3000);
+    assert!(!bench.serves(B), "its record may say by now that it ended in order");
+}
+
+#[test]
 fn a_server_that_ended_while_going_alone_waits_for_its_peer() {
     let mut bench = half_alone();
     bench.nodes[A].hold = |_, _| false;
@@ -85,13 +97,48 @@ fn a_server_that_ended_while_going_alone_waits_for_its_peer() {
 }
 
 #[test]
-fn the_operator_may_let_it_go_alone_anew() {
+fn the_operator_who_knows_that_the_peer_is_down_may_let_it_go_alone_anew() {
     let mut bench = half_alone();
     bench.nodes[A].hold = |_, _| false;
     bench.restart(A);
-    let token = bench.ask(A, Operator::Promote);
+    let refusal = bench.refused(A, Operator::Promote);
+    assert_eq!(refusal.code, "peer-not-heard", "the peer may have been promoted");
+    let token = bench.ask(A, Operator::PromotePeerIsDown);
+    bench.advance(1500);
     assert!(matches!(bench.answer(A, token), Some(Ok(_))), "{:?}", bench.answer(A, token));
     assert!(bench.nodes[A].disks.iter().all(|d| d.copy.origin == Origin::Solo && d.server.era.is_solo()));
+}
+
+#[test]
+fn what_it_lost_with_its_memory_may_be_on_the_peer_only() {
+    let mut bench = half_alone();
+    bench.nodes[A].hold = |_, _| false;
+    // A power cut: the volume without the record lost what was not flushed.
+    bench.nodes[A].disks[0].copy.unproven = true;
+    bench.restart(A);
+    let refusal = bench.refused(A, Operator::PromotePeerIsDown);
+    assert_eq!(refusal.code, "not-proven-current");
+    assert!(refusal.text.contains("--force"), "{}", refusal.text);
+}
+
+#[test]
+fn a_solo_run_is_remembered_whichever_volume_has_its_record() {
+    for volume in [0, 1] {
+        let mut bench = half_alone();
+        bench.nodes[A].hold = |_, _| false;
+        bench.nodes[A].disks.swap(0, volume);
+        // Written since with the number of the other one's.
+        let number = bench.nodes[A].disks.iter().map(|d| d.server.order()).max().expect("two").1;
+        for disk in &mut bench.nodes[A].disks {
+            disk.server.counter = number;
+            disk.server.epoch_seen.number = 7;
+        }
+        bench.restart(A);
+        assert!(
+            bench.nodes[A].server.record.era.is_solo(),
+            "the record is on the disk swapped with {volume}"
+        );
+    }
 }
 
 #[test]
