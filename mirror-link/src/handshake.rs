@@ -112,7 +112,7 @@ pub struct LinkWelcome {
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Refusal {
-    /// `encryption`, `secret`, `version`, `pair`, `server-name`, `address`, `volume` or `session-unknown`.
+    /// `encryption`, `secret`, `version`, `pair`, `server-name`, `address`, `volume`, `attempt` or `session-unknown`.
     pub code: String,
     /// The value of the server that says it.
     pub mine: String,

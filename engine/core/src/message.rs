@@ -162,7 +162,7 @@ impl VolumeMessage {
     }
 }
 
-/// The live state of a server (PROTOCOL section 2).
+/// The live state of a server (docs/protocol.md section 2).
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum LiveState {
@@ -249,7 +249,7 @@ pub struct MemoryRegion {
     pub size_bytes: u64,
 }
 
-/// The handshake of PROTOCOL section 7: everything `decide` needs from one side.
+/// The handshake of docs/protocol.md section 7: everything `decide` needs from one side.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Hello {
     /// Protocol version.

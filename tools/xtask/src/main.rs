@@ -22,7 +22,7 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Verb {
-    /// Everything continuous integration asks for: format, lints, tidy, tests, simulator, cases, crash rounds, scale
+    /// Everything continuous integration asks for: format, lints, tidy, tests, simulator, cases, crashes, scale
     Test,
     /// The rules of the house that no compiler checks: layers, file sizes, words, SAFETY comments
     Tidy,

@@ -1,4 +1,4 @@
-//! The durable facts of PROTOCOL section 1: the server's record and the copy's record.
+//! The durable facts of docs/protocol.md section 1: the server's record and the copy's record.
 
 use serde::{Deserialize, Serialize};
 

@@ -1,4 +1,4 @@
-//! Heartbeats, the lease they carry, and silence (PROTOCOL section 6).
+//! Heartbeats, the lease they carry, and silence (docs/protocol.md section 6).
 
 use std::time::Duration;
 

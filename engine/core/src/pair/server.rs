@@ -238,7 +238,7 @@ impl Server {
         })
     }
 
-    /// The live state (PROTOCOL section 2).
+    /// The live state (docs/protocol.md section 2).
     pub fn live(&self) -> LiveState {
         if !self.loaded {
             return LiveState::Loading;

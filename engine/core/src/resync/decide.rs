@@ -1,4 +1,4 @@
-//! `decide`: who copies to whom, by PROTOCOL section 8, for one volume.
+//! `decide`: who copies to whom, by docs/protocol.md section 8, for one volume.
 //!
 //! Total, antisymmetric (`decide(a, b) == decide(b, a).reversed()`), and it never clears a mark. The first
 //! rule that fits decides. Without a register "the register is not the joiner's" is always true.
@@ -82,7 +82,7 @@ impl Rule {
         Self::LastPrimary,
     ];
 
-    /// The number in PROTOCOL section 8.
+    /// The number in docs/protocol.md section 8.
     pub const fn number(self) -> &'static str {
         match self {
             Self::Foreign => "D1",
@@ -303,7 +303,7 @@ fn shares_history(mine: &CopyRecord, theirs: &CopyRecord) -> bool {
     mine.history.iter().any(|generation| !generation.is_none() && theirs.descends_from(*generation))
 }
 
-/// Who is the source of one volume and what is copied. Pure and total; see PROTOCOL section 8.
+/// Who is the source of one volume and what is copied. Pure and total; see docs/protocol.md section 8.
 pub fn decide(mine: Side<'_>, theirs: Side<'_>) -> Decision {
     foreign(mine, theirs)
         .or_else(|| unsettled(mine, theirs))

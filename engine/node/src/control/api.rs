@@ -274,7 +274,7 @@ pub enum Direction {
 pub struct Explanation {
     /// The volume's name.
     pub volume: String,
-    /// The rule that decides, as in the protocol: `D9 descends`; `None` while the peer was never heard.
+    /// The rule that decides, as in the protocol: `descends (D9)`; `None` while the peer was never heard.
     pub rule: Option<String>,
     /// Which way.
     pub direction: Direction,
