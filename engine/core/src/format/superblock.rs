@@ -67,7 +67,9 @@ pub enum SuperblockError {
     )]
     Foreign,
     /// Neither slot is whole.
-    #[error("both superblocks are damaged; replace the copy by `duplex detach` and `duplex attach`")]
+    #[error(
+        "both superblocks are damaged; where the peer has a good copy give this one up: stop the daemon, `duplex create --overwrite-data` for the volume, start it"
+    )]
     Torn,
     /// Written by a newer program.
     #[error("the metadata has format version {found}, this program knows {known}; install the newer version")]
@@ -89,7 +91,7 @@ pub enum SuperblockError {
     },
     /// Whole, but its numbers contradict each other.
     #[error(
-        "the superblock contradicts itself in `{field}`; replace the copy by `duplex detach` and `duplex attach`"
+        "the superblock contradicts itself in `{field}`; where the peer has a good copy give this one up: stop the daemon, `duplex create --overwrite-data` for the volume, start it"
     )]
     Inconsistent {
         /// The first bad field.

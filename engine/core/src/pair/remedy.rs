@@ -1,6 +1,6 @@
 //! What the operator can do about a refused session.
 
-use crate::format::record::CopyState;
+use crate::format::record::{CopyRecord, CopyState};
 use crate::message::Hello;
 
 /// How to mend a refusal; the codes are those of `decide`, of the pair's decision and of the hellos' comparison.
@@ -9,8 +9,15 @@ pub(super) fn remedy(code: &str, mine: &Hello, theirs: &Hello) -> String {
     match code {
         "mixed-sources" => mixed_sources(mine, theirs),
         "same-server" => format!("both run as {me}: start the other one with its own `--server NAME`"),
-        "foreign-pair-name" | "foreign-volume-name" | "volumes-differ" | "configuration" | "memory" => {
-            "make duplex.toml the same on both servers, then restart both".to_owned()
+        "foreign-pair-name"
+        | "foreign-volume-name"
+        | "volumes-differ"
+        | "configuration"
+        | "address"
+        | "memory" => SAME_SETTINGS.to_owned(),
+        // Only the settings say so: no disk must be given up for that.
+        "volume-size" | "block-size" | "sector-size" if !shapes_differ(mine, theirs) => {
+            SAME_SETTINGS.to_owned()
         }
         "version" => "install the same version of duplex on both servers".to_owned(),
         "foreign-pair" | "foreign-volume" | "unrelated" => format!(
@@ -39,6 +46,17 @@ pub(super) fn remedy(code: &str, mine: &Hello, theirs: &Hello) -> String {
         },
         _ => "see `duplex explain` on both servers".to_owned(),
     }
+}
+
+const SAME_SETTINGS: &str = "make duplex.toml the same on both servers, then restart both";
+
+/// Two copies of a volume were made with other sizes.
+fn shapes_differ(mine: &Hello, theirs: &Hello) -> bool {
+    let shape = |copy: &CopyRecord| (copy.size_bytes, copy.block_bytes, copy.sector_bytes);
+    mine.volumes.iter().any(|mine| {
+        let same = theirs.volumes.iter().find(|theirs| theirs.name == mine.name);
+        same.is_some_and(|theirs| shape(&theirs.copy) != shape(&mine.copy))
+    })
 }
 
 fn names(hello: &Hello) -> String {
@@ -87,7 +105,6 @@ fn mixed_sources(mine: &Hello, theirs: &Hello) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::format::record::CopyRecord;
     use crate::resync::fixtures::{copy, hello};
 
     #[test]
@@ -130,9 +147,21 @@ mod tests {
             "version",
             "memory",
             "configuration",
+            "address",
         ];
         for code in codes {
             assert!(!remedy(code, &a, &b).contains("explain"), "{code}");
         }
+    }
+
+    #[test]
+    fn no_disk_is_given_up_for_settings_that_differ() {
+        let (a, mut b) = (hello("alpha", vec![copy()]), hello("beta", vec![copy()]));
+        for code in ["volume-size", "block-size", "sector-size"] {
+            let text = remedy(code, &a, &b);
+            assert!(text.contains("duplex.toml") && !text.contains("overwrite"), "{code}: {text}");
+        }
+        b.volumes[0].copy.size_bytes += 4096;
+        assert!(remedy("volume-size", &a, &b).contains("--overwrite-data"));
     }
 }
