@@ -8,9 +8,11 @@ use duplex_core::format::record::{CopyState, Era, Origin};
 use duplex_core::ids::{ByteRange, Generation, Proven, Sequence};
 use duplex_core::message::{RemoteOutcome, VolumeMessage};
 use duplex_core::mirror::api::{CopyChange, CopyPlan, MapReach, Order, Part, ServeMode};
-use rig::{BLOCK, Rig, SESSION, block, copy, record};
+use rig::{BLOCK, Rig, SESSION, STALL, block, copy, record};
 
 const EIO: i32 = 5;
+/// An extent of the activity log.
+const BLOCKS_OF_EXTENT: u64 = 1024;
 
 #[test]
 fn g1_the_mark_is_durable_before_either_copy_gets_the_write() {
@@ -326,4 +328,119 @@ fn bad_requests_are_refused_by_name_and_touch_nothing() {
         assert!(told[0].starts_with("refuse 1") && told[0].contains(why), "{told:?}");
     }
     assert_eq!(rig.volume.dirty_blocks(), 0);
+}
+
+/// What is said when something does not end within the stall time and a moment more, and not a moment less.
+fn stalled(rig: &mut Rig) -> Vec<String> {
+    let early = rig.wakes_for(STALL - Duration::from_secs(1));
+    assert!(!early.contains(&"report CopyFailed".to_owned()), "{early:?}");
+    let told = rig.wakes_for(Duration::from_secs(2));
+    assert!(told.contains(&"report CopyFailed".to_owned()), "{told:?}, under way: {:?}", rig.pending());
+    assert_eq!(rig.volume.copy_state(), Some(CopyState::Failed));
+    told
+}
+
+fn is_refused(told: &[String], id: u32) -> bool {
+    told.iter().any(|word| word.starts_with(&format!("refuse {id}:")))
+}
+
+#[test]
+fn a_mark_that_the_disk_never_takes_fails_the_copy() {
+    let mut rig = Rig::mirrored();
+    assert_eq!(rig.write(1, 0), ["log"]);
+    let told = stalled(&mut rig);
+    assert!(!is_refused(&told, 1), "the peer answers, once the server says so: {told:?}");
+}
+
+#[test]
+fn alone_a_write_whose_mark_the_disk_never_takes_ends_and_so_do_later_ones() {
+    let mut rig = Rig::alone();
+    assert_eq!(rig.write(1, 0), ["log"]);
+    assert!(rig.write(2, 0).is_empty(), "behind the first");
+    let told = stalled(&mut rig);
+    assert!(is_refused(&told, 1) && is_refused(&told, 2), "{told:?}");
+    assert!(is_refused(&rig.write(3, 1), 3));
+    // The disk comes back: what was refused is not written then, nor is anything of a later request.
+    let told = rig.ends("log");
+    assert!(!told.iter().any(|word| word.starts_with("write")), "{told:?}");
+}
+
+#[test]
+fn a_page_of_marks_that_the_disk_never_takes_fails_the_copy() {
+    let mut rig = Rig::alone();
+    let change = CopyChange::WholeMap { generation: Generation(2) };
+    rig.order(Order::Record { tag: 4, server: record(Era::Solo(3)), change, preflush: false });
+    assert!(rig.pending().contains(&"map"), "{:?}", rig.pending());
+    stalled(&mut rig);
+}
+
+#[test]
+fn a_record_that_the_disk_never_takes_fails_the_copy() {
+    let change =
+        CopyChange::NewGeneration { generation: Generation(2), origin: Origin::Solo, reach: MapReach::Back };
+    for change in [change, CopyChange::Proven] {
+        let mut rig = Rig::secondary();
+        let told = rig.order(Order::Record { tag: 9, server: record(Era::Pair), change, preflush: true });
+        assert_eq!(told, ["preflush record"]);
+        stalled(&mut rig);
+    }
+}
+
+#[test]
+fn an_adoption_that_the_disk_never_takes_fails_the_copy() {
+    let mut rig = Rig::secondary();
+    let proven = Proven { epoch: 3, seq: Sequence(1) };
+    let done = VolumeMessage::SyncDone { generation: Generation(2), history: vec![Generation(1)], proven };
+    assert_eq!(rig.hear(done, None), ["preflush record"]);
+    stalled(&mut rig);
+}
+
+#[test]
+fn a_chunk_that_the_source_never_reads_fails_the_copy_and_keeps_no_client() {
+    let mut rig = Rig::alone();
+    rig.write(1, 0);
+    rig.settle();
+    rig.order(Order::Join { session: SESSION, part: Part::Source(CopyPlan::Union), resume: false });
+    rig.hear(VolumeMessage::MarksEnd { pages: 0 }, None);
+    finish_marks(&mut rig);
+    assert_eq!(rig.pending(), ["read 0+4096"]);
+    assert!(rig.write(2, 0).is_empty(), "behind the chunk");
+    let mut told = stalled(&mut rig);
+    told.extend(rig.wakes_for(Duration::from_secs(1)));
+    assert!(is_refused(&told, 2), "{told:?}");
+}
+
+#[test]
+fn time_behind_another_request_is_not_the_disk_s() {
+    let mut rig = Rig::alone();
+    rig.write(1, 0);
+    rig.ends("log");
+    assert!(rig.write(2, 0).is_empty(), "behind the first");
+    rig.wakes_for(STALL / 3 * 2);
+    rig.ends("write 0+4096");
+    assert_eq!(rig.pending(), ["write 0+4096"], "the second");
+    let told = rig.wakes_for(STALL / 3 * 2);
+    assert!(!told.contains(&"report CopyFailed".to_owned()), "{told:?}");
+    assert!(rig.ends("write 0+4096").contains(&"complete 2".to_owned()));
+}
+
+#[test]
+fn a_disk_that_does_not_answer_keeps_neither_a_demotion_nor_a_closed_client() {
+    let mut rig = Rig::alone();
+    rig.write(1, 0);
+    rig.ends("log");
+    rig.order(Order::Drain { tag: 5 });
+    let told = stalled(&mut rig);
+    assert!(is_refused(&told, 1) && told.contains(&"report Drained".to_owned()), "{told:?}");
+
+    let mut rig = Rig::mirrored();
+    rig.write(1, 0);
+    rig.ends("log");
+    rig.write(2, BLOCKS_OF_EXTENT);
+    rig.order(Order::Freeze { tag: None });
+    rig.order(Order::Leave);
+    rig.order(Order::Close);
+    assert_eq!(rig.pending(), ["write 0+4096", "log"]);
+    let told = stalled(&mut rig);
+    assert!(is_refused(&told, 1) && is_refused(&told, 2), "nobody else will answer: {told:?}");
 }

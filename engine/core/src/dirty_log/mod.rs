@@ -279,6 +279,11 @@ impl DirtyLog {
         self.failed
     }
 
+    /// An operation does not answer: nothing more is marked, as if it had failed.
+    pub fn fail(&mut self, errno: i32) {
+        self.failed.get_or_insert(errno);
+    }
+
     /// How far both copies are proven: travels in every block of the log.
     pub fn set_proven(&mut self, proven: Proven) {
         self.proven = self.proven.max(proven);

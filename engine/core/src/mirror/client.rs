@@ -56,6 +56,7 @@ pub(super) struct ClientOp {
     pub(super) forwarded: Option<Forwarded>,
     /// The client has its answer; only the disk still owes one.
     pub(super) answered: bool,
+    /// When it went on its way to the copies; before that, when it came.
     pub(super) started: Instant,
 }
 
@@ -209,12 +210,14 @@ impl Volume {
         if self.serve == Serve::Open(ServeMode::Front) {
             return self.forward(slot);
         }
+        let now = self.now;
         let Some(op) = self.clients.get_mut(slot) else {
             return;
         };
         match op.op {
             RequestOp::Read { range, buffer } => {
                 op.stage = Stage::Running;
+                op.started = now;
                 op.local = Leg::Pending;
                 self.disk(DiskPurpose::Client(slot), DiskOpKind::Read { range, buffer });
             }
@@ -236,10 +239,14 @@ impl Volume {
         }
     }
 
-    /// The log failed while this copy served alone: nothing can be marked any more, and there is no peer to ask.
+    /// The log failed while this copy served alone, or serves nobody any more: nothing can be marked, and there is no
+    /// peer to ask.
     fn has_nobody_left(&self) -> bool {
-        let log_failed = self.log.as_ref().is_some_and(|log| log.failed().is_some());
-        log_failed && self.serve == Serve::Open(ServeMode::Alone)
+        let nobody = match self.serve {
+            Serve::Open(ServeMode::Alone) | Serve::Closed => true,
+            Serve::Open(ServeMode::Mirrored | ServeMode::Front) | Serve::Frozen => false,
+        };
+        nobody && self.log.as_ref().is_some_and(|log| log.failed().is_some())
     }
 
     /// What waits for a failed log with nobody beside it ends with an error, and does not wait for ever.
@@ -273,10 +280,12 @@ impl Volume {
         let alone = self.serve == Serve::Open(ServeMode::Alone);
         let op_goes_alone = alone && !replicate;
         let seq = self.next_sequence();
+        let now = self.now;
         let Some(op) = self.clients.get_mut(slot) else {
             return;
         };
         op.stage = Stage::Running;
+        op.started = now;
         op.logged = LOGGED;
         op.seq = seq;
         op.local = Leg::Pending;
@@ -473,8 +482,10 @@ impl Volume {
             }
             return self.end_client(slot, Err(RequestError::Io));
         }
+        let now = self.now;
         if let Some(op) = self.clients.get_mut(slot) {
             op.stage = Stage::Healing;
+            op.started = now;
             op.remote = Leg::Pending;
         }
         self.send(VolumeMessage::Read { id: u64::from(slot), range }, None);
@@ -488,6 +499,7 @@ impl Volume {
         outcome: RemoteOutcome,
         buffer: Option<BufferId>,
     ) {
+        let now = self.now;
         let slot = u32::try_from(id).ok();
         let waiting = slot.and_then(|slot| self.clients.get_mut(slot).map(|op| (slot, op)));
         let Some((slot, op)) = waiting else {
@@ -505,6 +517,7 @@ impl Volume {
         match (outcome, buffer) {
             (RemoteOutcome::Done, Some(from)) => {
                 op.remote = Leg::Done;
+                op.started = now;
                 op.local = Leg::Pending;
                 let length_bytes = range.length_bytes;
                 self.actions.push_back(super::api::Action::CopyBuffer { from, into, length_bytes });
@@ -642,18 +655,7 @@ impl Volume {
             op.remote = Leg::Lost;
         }
         match op.stage {
-            Stage::Lock => {
-                if self.locks.cancel(Holder::Client(slot), &mut self.granted)
-                    && let Some(op) = self.clients.remove(slot)
-                {
-                    match op.forwarded {
-                        Some(forwarded) => {
-                            self.answer_front(&forwarded, &op, Err(RequestError::NotServing));
-                        }
-                        None => self.complete(op.id, Err(RequestError::NotServing)),
-                    }
-                }
-            }
+            Stage::Lock => self.cancel_waiting(slot, RequestError::NotServing),
             // Its extents become active soon; then it runs, is marked, and ends with an error.
             Stage::Log => {}
             Stage::Healing => {
@@ -662,6 +664,18 @@ impl Volume {
                 }
             }
             Stage::Running => self.finish_client(slot),
+        }
+    }
+
+    /// Ends a request that still waits for its range.
+    pub(super) fn cancel_waiting(&mut self, slot: u32, error: RequestError) {
+        if self.locks.cancel(Holder::Client(slot), &mut self.granted)
+            && let Some(op) = self.clients.remove(slot)
+        {
+            match op.forwarded {
+                Some(forwarded) => self.answer_front(&forwarded, &op, Err(error)),
+                None => self.complete(op.id, Err(error)),
+            }
         }
     }
 

@@ -50,6 +50,8 @@ struct Chunk {
     locked: ByteRange,
     buffer: BufferId,
     session: SessionId,
+    /// When the disk was asked.
+    asked: Option<Instant>,
     /// When it was sent.
     sent: Option<Instant>,
     /// Goes as a range, if the disk says under the lock that it is zero.
@@ -154,6 +156,16 @@ impl Copying {
 
     fn in_flight(&self) -> usize {
         self.chunks.iter().flatten().count()
+    }
+
+    /// When the oldest chunk was asked for that the disk still owes.
+    pub(super) fn oldest_read(&self) -> Option<Instant> {
+        self.chunks
+            .iter()
+            .flatten()
+            .filter(|chunk| chunk.sent.is_none())
+            .filter_map(|chunk| chunk.asked)
+            .min()
     }
 }
 
@@ -368,7 +380,7 @@ impl Volume {
             return;
         };
         let locked = self.widen(range);
-        let chunk = Chunk { range, locked, buffer, session: joined.session, sent: None, zero };
+        let chunk = Chunk { range, locked, buffer, session: joined.session, asked: None, sent: None, zero };
         let slot = match self.copying.chunks.iter().position(Option::is_none) {
             Some(slot) => slot,
             None => {
@@ -402,6 +414,7 @@ impl Volume {
             true => DiskOpKind::SeekData { range: chunk.range },
             false => DiskOpKind::Read { range: chunk.range, buffer: chunk.buffer },
         };
+        self.copying.chunks[slot as usize] = Some(Chunk { asked: Some(self.now), ..chunk });
         self.disk(DiskPurpose::CopyRead(slot), kind);
     }
 

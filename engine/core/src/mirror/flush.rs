@@ -18,10 +18,6 @@ use crate::time::Instant;
 const IDLE: Duration = Duration::from_secs(1);
 /// Extents that no write wanted for this long leave the log under load, too.
 const COOL: Duration = Duration::from_secs(2);
-/// How often stalls are looked for while something is in flight.
-const STALL_CHECK: Duration = Duration::from_millis(500);
-/// Errno of a stalled operation, as Linux numbers it.
-pub(super) const ETIMEDOUT: i32 = 110;
 /// Own flushes carry this bit in their id.
 const OWN_FLUSH: u64 = 1 << 63;
 
@@ -78,7 +74,6 @@ pub(super) struct FlushState {
     draining: Option<(u64, Draining)>,
     returning: Option<(u64, ServerRecord, bool)>,
     settling: bool,
-    stall_check: Option<Instant>,
     /// When cold extents are looked for next, and the log's clock at the last look.
     cool: Option<(Instant, u64)>,
 }
@@ -92,8 +87,18 @@ impl FlushState {
         self.draining = None;
     }
 
-    fn in_flight(&self) -> bool {
+    pub(super) fn in_flight(&self) -> bool {
         self.own.iter().any(Option::is_some)
+    }
+
+    /// When the oldest one began that still waits for this disk.
+    pub(super) fn oldest_here(&self) -> Option<Instant> {
+        self.own.iter().flatten().filter(|f| f.local == Leg::Pending).map(|f| f.started).min()
+    }
+
+    /// The same for the peer's.
+    pub(super) fn oldest_there(&self) -> Option<Instant> {
+        self.own.iter().flatten().filter(|f| f.remote == Leg::Pending).map(|f| f.started).min()
     }
 
     fn has(&self, purpose: Purpose) -> bool {
@@ -126,10 +131,6 @@ impl Volume {
         // What only a flush of both copies proves waits for the peer. The log is looked through only when it matters.
         let provable = || self.can_replicate() || self.log.as_ref().is_some_and(|log| !log.has_touched());
         (open && active && self.failed.is_none() && provable()).then(|| self.clients.last_use + IDLE)
-    }
-
-    pub(super) fn stall_deadline(&self) -> Option<Instant> {
-        self.flushes.stall_check
     }
 
     /// Idle for long enough: empty the log.
@@ -337,12 +338,13 @@ impl Volume {
             return false;
         };
         if self.failed.is_some() {
-            // Nothing can be flushed or settled any more.
-            if idle {
+            // Nothing can be flushed or settled any more, and what the disk never lets go has its answer.
+            let answered = self.clients.iter().all(|(_, op)| op.answered);
+            if answered {
                 self.flushes.draining = None;
                 self.report(Report::Drained { tag });
             }
-            return idle;
+            return answered;
         }
         match stage {
             Draining::Emptying if idle => {
@@ -421,58 +423,5 @@ impl Volume {
             self.let_in();
         }
         self.report(Report::Recorded { tag, copy });
-    }
-
-    fn arm_stall_check(&mut self) {
-        let busy = self.clients.running() != 0 || self.flushes.in_flight() || self.peers.in_flight() != 0;
-        match (busy, self.flushes.stall_check) {
-            (true, None) => self.flushes.stall_check = Some(self.now + STALL_CHECK),
-            (false, Some(_)) => self.flushes.stall_check = None,
-            (true, Some(_)) | (false, None) => {}
-        }
-    }
-
-    /// An operation unanswered for `stall` counts as a failed copy.
-    pub(super) fn check_stalls(&mut self) {
-        if self.flushes.stall_check.is_none_or(|at| self.now < at) {
-            return;
-        }
-        self.flushes.stall_check = None;
-        let stall = self.config.stall;
-        let now = self.now;
-        let late = |started: Instant| now.since(started) >= stall;
-        let mine = self.clients.iter().any(|(_, op)| op.local == Leg::Pending && late(op.started))
-            || self.flushes.own.iter().flatten().any(|f| f.local == Leg::Pending && late(f.started))
-            || self.peers.oldest().is_some_and(late);
-        let peers = self.clients.iter().any(|(_, op)| op.remote == Leg::Pending && late(op.started))
-            || self.flushes.own.iter().flatten().any(|f| f.remote == Leg::Pending && late(f.started));
-        if mine {
-            self.fail_mine(ETIMEDOUT, None);
-            self.answer_stalled();
-        }
-        if peers {
-            self.fail_peer(ETIMEDOUT, None);
-        }
-    }
-
-    /// A client of a lone server is not kept waiting for a disk that does not answer. The operation itself
-    /// stays until the disk lets it go: its buffer is the kernel's until then.
-    fn answer_stalled(&mut self) {
-        if self.serve != Serve::Open(ServeMode::Alone) {
-            return;
-        }
-        let stalled: Vec<u32> = self
-            .clients
-            .iter()
-            .filter(|(_, op)| op.local == Leg::Pending && !op.answered)
-            .map(|(slot, _)| slot)
-            .collect();
-        for slot in stalled {
-            if let Some(op) = self.clients.get_mut(slot) {
-                op.answered = true;
-                let id = op.id;
-                self.complete(id, Err(RequestError::Io));
-            }
-        }
     }
 }

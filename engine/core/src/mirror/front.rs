@@ -55,11 +55,13 @@ impl Volume {
     pub(super) fn forward(&mut self, slot: u32) {
         let fresh = self.clients.get(slot).is_some_and(|op| op.seq.0 == 0);
         let seq = if fresh { self.next_sequence() } else { Sequence(0) };
+        let now = self.now;
         let Some(op) = self.clients.get_mut(slot) else {
             return;
         };
         op.stage = Stage::Running;
         op.remote = Leg::Pending;
+        op.started = now;
         match op.op {
             RequestOp::Read { range, .. } => {
                 self.send(VolumeMessage::Read { id: u64::from(slot), range }, None);
@@ -172,6 +174,19 @@ impl Volume {
         result: Result<(), RequestError>,
     ) {
         let buffer = op.op.buffer();
+        if !op.answered {
+            self.tell_front(forwarded, buffer, result);
+        }
+        self.release(buffer);
+    }
+
+    /// Host: the answer alone, with the payload of a read.
+    pub(super) fn tell_front(
+        &mut self,
+        forwarded: &Forwarded,
+        buffer: Option<BufferId>,
+        result: Result<(), RequestError>,
+    ) {
         let outcome = match result {
             Ok(()) => RemoteOutcome::Done,
             Err(_) => RemoteOutcome::Failed { errno: super::client::EIO },
@@ -186,6 +201,5 @@ impl Volume {
                 }
             }
         }
-        self.release(buffer);
     }
 }

@@ -12,6 +12,7 @@ use crate::ids::{Generation, Proven};
 use crate::limits::HISTORY_MAX;
 use crate::message::{RemoteOutcome, VolumeMessage};
 use crate::request::{DiskOpKind, DiskOutcome};
+use crate::time::Instant;
 
 /// Errno for a number that does not fit, as Linux numbers it.
 const EOVERFLOW: i32 = 75;
@@ -55,6 +56,7 @@ struct Writing {
     counter: u64,
     new_log: bool,
     job: Job,
+    started: Instant,
 }
 
 /// Records waiting and the one being written.
@@ -82,6 +84,11 @@ impl Recording {
     /// The record being written.
     pub(super) fn job(&self) -> Option<&Job> {
         self.writing.as_deref().map(|writing| &writing.job)
+    }
+
+    /// When the record being written began.
+    pub(super) fn began(&self) -> Option<Instant> {
+        self.writing.as_deref().map(|writing| writing.started)
     }
 
     /// Something is to be recorded, now or once its marks are durable.
@@ -135,7 +142,8 @@ impl Volume {
         self.recording.next_counter += 1;
         self.recording.slot = slot;
         let preflush = job.preflush;
-        self.recording.writing = Some(Box::new(Writing { superblock: next, counter, new_log, job }));
+        let writing = Writing { superblock: next, counter, new_log, job, started: self.now };
+        self.recording.writing = Some(Box::new(writing));
         self.disk(DiskPurpose::Super, DiskOpKind::MetaWrite { offset_bytes, bytes, preflush });
         true
     }
@@ -252,7 +260,7 @@ impl Volume {
             self.fail_mine(*errno, None);
             return;
         }
-        let Writing { superblock, counter, new_log, job } = *writing;
+        let Writing { superblock, counter, new_log, job, started: _ } = *writing;
         self.superblock = Some(superblock);
         self.after_log_change(new_log, counter, &job);
         self.recorded(job);

@@ -71,6 +71,10 @@ impl Volume {
     /// Once the log is replayed: one record that begins a new life of the log, with `unproven` if memory was
     /// lost (F10), before anything else is written.
     pub(super) fn pump_start(&mut self) -> bool {
+        if self.start == Starting::Recording && self.failed.is_some() {
+            self.unusable("io", "the superblock cannot be written".to_owned());
+            return true;
+        }
         if self.start != Starting::Replaying {
             return false;
         }
@@ -107,6 +111,10 @@ impl Volume {
 
     /// The starting record is durable.
     pub(super) fn started(&mut self) {
+        if self.start != Starting::Recording {
+            // It came too late: the volume was given up.
+            return;
+        }
         self.start = Starting::Ready;
         if let Some(facts) = self.facts() {
             self.report(Report::Loaded(Box::new(facts)));

@@ -72,6 +72,15 @@ pub(super) enum SessionRole {
     Host,
 }
 
+/// An operation of the dirty log under way.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct LogOp {
+    /// The log's name for it.
+    op: u64,
+    offset_bytes: u64,
+    pub(super) started: Instant,
+}
+
 /// What a finished disk operation belongs to; the kind sits in the id's top byte, a slot below it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum DiskPurpose {
@@ -154,8 +163,10 @@ pub struct Volume {
     pub(super) failed: Option<i32>,
     /// The peer's copy failed in this session; nothing more is expected from it.
     pub(super) peer_failed: bool,
-    /// Metadata operations under way: the log's name for each, and where.
-    pub(super) log_slots: Vec<Option<(u64, u64)>>,
+    /// Metadata operations under way.
+    pub(super) log_slots: Vec<Option<LogOp>>,
+    /// When stalls are looked for next.
+    pub(super) stall_check: Option<Instant>,
     pub(super) bad_blocks: u32,
     /// What the server machine was last told: whether anything is marked.
     told_marked: bool,
@@ -189,6 +200,7 @@ impl Volume {
             failed: None,
             peer_failed: false,
             log_slots: Vec::new(),
+            stall_check: None,
             bad_blocks: 0,
             told_marked: false,
         };
@@ -399,7 +411,7 @@ impl Volume {
 
     fn on_log_disk(&mut self, slot: u32, outcome: DiskOutcome) {
         let op = self.log_slots.get_mut(slot as usize).and_then(Option::take);
-        let (Some((op, offset_bytes)), Some(log)) = (op, self.log.as_mut()) else {
+        let (Some(LogOp { op, offset_bytes, started: _ }), Some(log)) = (op, self.log.as_mut()) else {
             return;
         };
         let result = match outcome {
@@ -543,7 +555,7 @@ impl Volume {
                 }
             };
             let (MetaOp::Read { offset_bytes, .. } | MetaOp::Write { offset_bytes, .. }) = meta;
-            self.log_slots[slot] = Some((op, offset_bytes));
+            self.log_slots[slot] = Some(LogOp { op, offset_bytes, started: self.now });
             let slot = u32::try_from(slot).expect("fewer than 2^32 metadata operations are in flight");
             let kind = match meta {
                 MetaOp::Read { offset_bytes, length_bytes } => {

@@ -21,6 +21,8 @@ pub(crate) const SIZE_BYTES: u64 = 16 << 20;
 pub(crate) const BLOCK: u64 = 4096;
 /// The session of these tests.
 pub(crate) const SESSION: SessionId = SessionId(7);
+/// An operation that takes so long counts as a failed copy.
+pub(crate) const STALL: Duration = Duration::from_secs(3600);
 /// The lease lasts longer than any test.
 const LEASE: Instant = Instant(u64::MAX / 2);
 
@@ -80,7 +82,7 @@ impl Rig {
         let config = VolumeConfig {
             boot_id: BOOT,
             copy_buffers: (100..116).map(BufferId).collect(),
-            stall: Duration::from_secs(3600),
+            stall: STALL,
             capacity_bytes: SIZE_BYTES,
         };
         let bytes = superblock::encode(&first, 0, 1).expect("a small superblock fits");
@@ -193,6 +195,18 @@ impl Rig {
     pub(crate) fn later(&mut self, pause: Duration) -> Vec<String> {
         self.now = self.now + pause;
         self.give(Input::Time)
+    }
+
+    /// So much time passes, and the volume is woken only when it asked to be.
+    pub(crate) fn wakes_for(&mut self, time: Duration) -> Vec<String> {
+        let until = self.now + time;
+        let mut told = Vec::new();
+        while let Some(at) = self.volume.next_deadline().filter(|at| *at <= until) {
+            self.now = self.now.max(at);
+            told.extend(self.give(Input::Time));
+        }
+        self.now = until;
+        told
     }
 
     /// Every disk operation ends, until none is left; what else was done meanwhile.
