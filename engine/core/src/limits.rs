@@ -4,8 +4,10 @@
 pub const REQUEST_MAX_BYTES: u64 = 1 << 20;
 /// Longest zero or discard in one piece; frontends cut longer ones. Nine extents of the activity log.
 pub const ZERO_MAX_BYTES: u64 = 32 << 20;
-/// Longest hole that a resync copies as one range. A client's write to it waits until the target zeroed it: 2.6 s on a
-/// disk that writes 100 MB/s of zeroes, well below the stall time. Shorter after a slow one.
+/// Most bytes of holes that a resync has on their way to the target, in one range or several: only a target that showed
+/// itself quick gets so many, any other `ZERO_MAX_BYTES`. A client's write to a hole waits until it is zeroed: 2.6 s on
+/// a disk that writes 100 MB/s of zeroes. The stall time of 10 s is reached by one that took 128 MiB within 20 ms and
+/// then writes less than 27 MB/s, and from the first range on by one below 3.4 MB/s.
 pub const COPY_ZERO_MAX_BYTES: u64 = 256 << 20;
 /// Default dirty-map granularity.
 pub const BLOCK_BYTES: u32 = 4096;

@@ -158,6 +158,11 @@ impl Copying {
         self.chunks.iter().flatten().count()
     }
 
+    /// Bytes of holes on their way: what the target may have to zero before it answers.
+    fn zero_bytes(&self) -> u64 {
+        self.chunks.iter().flatten().filter(|chunk| chunk.zero).map(|chunk| chunk.range.length_bytes).sum()
+    }
+
     /// When the oldest chunk was asked for that the disk still owes.
     pub(super) fn oldest_read(&self) -> Option<Instant> {
         self.chunks
@@ -329,8 +334,8 @@ impl Volume {
                     }
                     let (blocks, zero) = match self.piece(first_block, blocks) {
                         Piece::Read(blocks) => (blocks, false),
-                        Piece::Zero(blocks) => (blocks, true),
-                        Piece::Asked => return moved,
+                        Piece::Zero(blocks) if self.zeroes_fit(blocks) => (blocks, true),
+                        Piece::Zero(_) | Piece::Asked => return moved,
                     };
                     moved = true;
                     self.copying.cursor_block = first_block + blocks;
@@ -352,6 +357,12 @@ impl Volume {
             }
         }
         moved
+    }
+
+    /// Each range may be as long as all together: their sum is what the target has to do within its stall time.
+    fn zeroes_fit(&self, blocks: u64) -> bool {
+        let under_way = self.copying.zero_bytes();
+        under_way == 0 || under_way + blocks * self.block_bytes() <= self.copying.holes.longest_bytes()
     }
 
     /// Nothing is left to copy when nothing is marked, in flight or waiting for its flush.
@@ -503,7 +514,7 @@ impl Volume {
             return;
         };
         if chunk.zero {
-            self.copying.holes.took(self.now.since(sent));
+            self.copying.holes.took(chunk.range.length_bytes, self.now.since(sent));
         }
         match outcome {
             RemoteOutcome::Done => {

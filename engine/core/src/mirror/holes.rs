@@ -47,7 +47,7 @@ impl Holes {
         }
     }
 
-    /// Longest range to be zeroed at once.
+    /// Most bytes to be zeroed at once, in one range or several.
     pub(super) const fn longest_bytes(&self) -> u64 {
         self.longest_bytes
     }
@@ -57,9 +57,9 @@ impl Holes {
         (self.zero_until_bytes, self.data_until_bytes) = (self.from_bytes, self.from_bytes);
     }
 
-    /// The target took so long for a range.
-    pub(super) fn took(&mut self, time: Duration) {
-        if time <= QUICK {
+    /// The target took so long for a range. A short one says little about a long one.
+    pub(super) fn took(&mut self, length_bytes: u64, time: Duration) {
+        if time <= QUICK && length_bytes >= self.longest_bytes / 3 {
             self.longest_bytes = (self.longest_bytes * 2).min(COPY_ZERO_MAX_BYTES);
         } else if time >= SLOW {
             self.longest_bytes = ZERO_MAX_BYTES;
@@ -167,12 +167,17 @@ mod tests {
     fn slow_targets_get_short_ranges() {
         let mut holes = Holes::new();
         for _ in 0..9 {
-            holes.took(Duration::from_millis(1));
+            holes.took(COPY_CHUNK_BYTES, Duration::from_millis(19));
+        }
+        assert_eq!(holes.longest_bytes(), ZERO_MAX_BYTES, "13 MB/s");
+        for _ in 0..9 {
+            // Whole pages of marks are a little shorter.
+            holes.took(holes.longest_bytes() / 256 * 124, Duration::from_millis(1));
         }
         assert_eq!(holes.longest_bytes(), COPY_ZERO_MAX_BYTES);
-        holes.took(Duration::from_millis(50));
+        holes.took(COPY_ZERO_MAX_BYTES, Duration::from_millis(50));
         assert_eq!(holes.longest_bytes(), COPY_ZERO_MAX_BYTES);
-        holes.took(Duration::from_millis(2600));
+        holes.took(COPY_ZERO_MAX_BYTES, Duration::from_millis(2600));
         assert_eq!(holes.longest_bytes(), ZERO_MAX_BYTES);
     }
 }

@@ -9,6 +9,7 @@ use crate::format::placement::{LOG_SLOTS, MetaPlacement};
 use crate::format::record::{CopyRecord, CopyState, ServerRecord};
 use crate::format::superblock::{self, Superblock};
 use crate::ids::{BootId, BufferId, ByteRange, Generation, PairId, SessionId, VolumeId};
+use crate::limits::ZERO_MAX_BYTES;
 use crate::message::{RemoteOutcome, VolumeMessage};
 use crate::request::{DiskOp, DiskOpKind, DiskOutcome};
 use crate::time::Instant;
@@ -27,11 +28,22 @@ struct Bench {
     copied: BTreeSet<u64>,
     reports: Vec<Report>,
     reads: u64,
+    /// The whole disk is a hole.
+    hole: bool,
+    /// Ranges that the peer has not zeroed yet.
+    zeroing: Vec<(u64, ByteRange)>,
 }
 
 impl Bench {
     /// A volume alone that begins to copy everything to its peer.
     fn copying(bad: &[u64]) -> Self {
+        let mut bench = Self::alone(bad);
+        bench.join();
+        bench
+    }
+
+    /// A volume alone, with every block marked.
+    fn alone(bad: &[u64]) -> Self {
         let blank = Superblock {
             instance: 9,
             features: 0,
@@ -59,6 +71,8 @@ impl Bench {
             copied: BTreeSet::new(),
             reports: Vec::new(),
             reads: 0,
+            hole: false,
+            zeroing: Vec::new(),
         };
         bench.settle();
         let change = CopyChange::Identity {
@@ -77,9 +91,12 @@ impl Bench {
         let server = ServerRecord::fresh(BootId(1));
         let change = CopyChange::WholeMap { generation };
         bench.order(Order::Record { tag: 2, server, change, preflush: false });
-        let part = Part::Source(CopyPlan::Full);
-        bench.order(Order::Join { session: SESSION, part, resume: false });
         bench
+    }
+
+    fn join(&mut self) {
+        let part = Part::Source(CopyPlan::Full);
+        self.order(Order::Join { session: SESSION, part, resume: false });
     }
 
     fn order(&mut self, order: Order) {
@@ -116,7 +133,9 @@ impl Bench {
                 if bad { DiskOutcome::Failed { errno: 5 } } else { DiskOutcome::Done }
             }
             DiskOpKind::Write { .. } | DiskOpKind::Zero { .. } | DiskOpKind::Flush => DiskOutcome::Done,
-            DiskOpKind::SeekData { .. } => DiskOutcome::Zeroes { length_bytes: 0 },
+            DiskOpKind::SeekData { range } => {
+                DiskOutcome::Zeroes { length_bytes: if self.hole { range.length_bytes } else { 0 } }
+            }
             DiskOpKind::MetaRead { offset_bytes, length_bytes } => {
                 let block = |at: u64| self.meta.get(&at).cloned().unwrap_or_else(|| vec![0; 4096]);
                 let end = offset_bytes + u64::from(length_bytes);
@@ -137,13 +156,16 @@ impl Bench {
                 self.copied.extend(blocks(range));
                 Some(VolumeMessage::CopyAck { id, outcome: RemoteOutcome::Done })
             }
+            VolumeMessage::CopyZero { id, range } => {
+                self.zeroing.push((id, range));
+                None
+            }
             VolumeMessage::Flush { id } => Some(VolumeMessage::FlushAck { id, outcome: RemoteOutcome::Done }),
             VolumeMessage::SyncDone { .. } => Some(VolumeMessage::SyncAck { outcome: RemoteOutcome::Done }),
             VolumeMessage::Write { .. }
             | VolumeMessage::Zero { .. }
             | VolumeMessage::Ack { .. }
             | VolumeMessage::FlushAck { .. }
-            | VolumeMessage::CopyZero { .. }
             | VolumeMessage::CopyAck { .. }
             | VolumeMessage::Read { .. }
             | VolumeMessage::ReadReply { .. }
@@ -211,4 +233,25 @@ fn a_disk_that_reads_nothing_is_not_read_over_and_over() {
     let before = bench.reads;
     bench.advance(3_000);
     assert!(bench.reads - before < 8_000, "{} reads", bench.reads - before);
+}
+
+#[test]
+fn a_slow_target_never_has_more_to_zero_than_one_range() {
+    let mut bench = Bench::alone(&[]);
+    bench.hole = true;
+    bench.join();
+    let mut zeroed = 0;
+    while !bench.volume.is_synced() {
+        let waits: u64 = bench.zeroing.iter().map(|(_, range)| range.length_bytes).sum();
+        assert!(waits <= ZERO_MAX_BYTES, "{waits} bytes at once, {:?}", bench.zeroing);
+        assert_ne!(waits, 0, "{zeroed} bytes are zeroed, and it does not go on");
+        // A target that writes 10 MB/s of zeroes takes 3.4 s: below the stall time of 10 s.
+        let (id, range) = bench.zeroing.remove(0);
+        bench.advance(range.length_bytes / 10_000);
+        zeroed += range.length_bytes;
+        let answer = VolumeMessage::CopyAck { id, outcome: RemoteOutcome::Done };
+        bench.volume.handle(bench.now, Input::Message(SESSION, answer, None));
+        bench.settle();
+    }
+    assert_eq!((zeroed, bench.reads), (SIZE, 0));
 }
