@@ -296,6 +296,19 @@ fn g9_a_drain_ends_after_both_are_flushed_and_no_mark_is_left() {
 }
 
 #[test]
+fn a_drain_that_is_given_up_takes_requests_again() {
+    let mut rig = Rig::mirrored();
+    rig.write(1, 0);
+    rig.ends("log");
+    rig.ends("write 0+4096");
+    rig.order(Order::Drain { tag: 5 });
+    rig.order(Order::Serve { mode: ServeMode::Mirrored, epoch: 3 });
+    assert_eq!(rig.write(2, 1).len(), 2, "to both copies");
+    let told = rig.ack(1);
+    assert_eq!(told, ["complete 1"], "and nothing of the drain");
+}
+
+#[test]
 fn one_session_s_words_do_not_count_in_another() {
     let mut rig = Rig::mirrored();
     rig.write(1, 0);

@@ -22,7 +22,8 @@ impl Server {
         let wait = self.waiting_to_serve.map(|_| self.serve_not_before);
         let stop = self.stopping.as_ref().map(|s| s.give_up_at);
         let answers = self.operators_deadline();
-        [heartbeat, silence, lease, alone, wait, stop, answers].into_iter().flatten().min()
+        let drain = self.role_drain_deadline();
+        [heartbeat, silence, lease, alone, wait, stop, answers, drain].into_iter().flatten().min()
     }
 
     /// Completions need a lease.
@@ -73,6 +74,7 @@ impl Server {
         self.check_alone();
         self.check_wait();
         self.check_stop();
+        self.check_role_drain();
         self.check_operators();
         self.beat();
     }

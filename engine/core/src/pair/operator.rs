@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use super::api::{Operator, OperatorToken, Refusal};
+use super::drain::not_now;
 use super::server::{Server, Serving};
 use super::session::Phase;
 use super::steps::Step;
@@ -44,8 +45,9 @@ pub(super) fn refuse(code: &'static str, text: impl Into<String>) -> Result<Stri
 const ENODEV: i32 = 19;
 
 /// A peer that does not answer a command within this time never will: it lives (else the session would be over), but a
-/// disk or a device there does not let go. Longer than `stall_ms`, after which such a disk counts as failed.
-const ANSWER_WAIT: Duration = Duration::from_secs(20);
+/// disk or a device there does not let go. The same holds for a drain here. Longer than `stall_ms`, after which such a
+/// disk counts as failed.
+pub(super) const ANSWER_WAIT: Duration = Duration::from_secs(20);
 
 /// So many commands may wait until the disks are read.
 const EARLY_MAX: usize = 64;
@@ -329,6 +331,7 @@ impl Server {
             Serving::Mirrored if self.in_step_session().is_none() => {
                 self.answer(token, refuse("frozen", "the peer is silent; this server goes alone first"));
             }
+            Serving::Mirrored | Serving::Alone if self.gives_role_up() => self.answer(token, Err(not_now())),
             Serving::Mirrored | Serving::Alone => match self.in_use.clone() {
                 Some(by) => self.answer(token, in_use(&by)),
                 None => self.begin_demote(token),
@@ -342,6 +345,7 @@ impl Server {
             return self.answer(token, refuse("not-mirrored", text));
         }
         match (self.serving, self.in_use.clone()) {
+            (Serving::Mirrored, _) if self.gives_role_up() => self.answer(token, Err(not_now())),
             (Serving::Mirrored, Some(by)) => self.answer(token, in_use(&by)),
             (Serving::Mirrored, None) => self.begin_hand_over(Some(token), false),
             (Serving::No, _) => self.promote(token),
@@ -355,6 +359,7 @@ impl Server {
         let hand_over = self.serving == Serving::Mirrored && self.in_step_session().is_some();
         match self.in_use.clone() {
             Some(by) if self.is_primary() => self.answer(token, in_use(&by)),
+            Some(_) | None if hand_over && self.gives_role_up() => self.answer(token, Err(not_now())),
             Some(_) | None if hand_over => self.begin_hand_over(Some(token), true),
             Some(_) | None => self.begin_stop(Some(token), "down"),
         }

@@ -1,6 +1,7 @@
 //! Roles inside a session in step: becoming primary, giving it up, handing it over (G9).
 
 use super::api::OperatorToken;
+use super::drain::Giving;
 use super::operator::Waiting;
 use super::server::{Server, Serving, newer};
 use super::session::Phase;
@@ -117,25 +118,7 @@ impl Server {
         let Some(session) = self.in_step_session() else {
             return;
         };
-        let tag = self.begin_step(Step::DrainedForHandOver { session, token, then_stop });
-        self.order_all(&Order::Drain { tag });
-    }
-
-    pub(super) fn drained_for_hand_over(
-        &mut self,
-        id: SessionId,
-        token: Option<OperatorToken>,
-        then_stop: bool,
-    ) {
-        if self.in_step_session() != Some(id) || self.serving != Serving::Mirrored {
-            if let Some(token) = token {
-                self.answer(token, Err(peer_lost()));
-            }
-            return;
-        }
-        self.stop_serving();
-        self.record.was_primary = false;
-        self.record_only(Step::HandedOver { session: id, token, then_stop });
+        self.begin_role_drain(Giving::HandOver { session, then_stop }, token);
     }
 
     pub(super) fn handed_over(&mut self, id: SessionId, token: Option<OperatorToken>, then_stop: bool) {
@@ -180,6 +163,8 @@ impl Server {
     pub(super) fn on_hand_over_ask(&mut self) {
         let refusal = if self.serving != Serving::Mirrored || self.in_step_session().is_none() {
             Some("the peer is not a primary with both copies in step".to_owned())
+        } else if self.gives_role_up() {
+            Some("the peer gives its role up already; try again in a moment".to_owned())
         } else {
             self.in_use.as_ref().map(|by| format!("the device is in use there: {by}"))
         };
@@ -197,14 +182,8 @@ impl Server {
     }
 
     pub(super) fn begin_demote(&mut self, token: OperatorToken) {
-        let tag = self.begin_step(Step::DrainedForDemote { token });
-        self.order_all(&Order::Drain { tag });
-    }
-
-    pub(super) fn drained_for_demote(&mut self, token: OperatorToken) {
-        self.stop_serving();
-        self.record.was_primary = false;
-        self.record_only(Step::Demoted { token });
+        let giving = Giving::Demote { serving: self.serving, session: self.in_step_session() };
+        self.begin_role_drain(giving, Some(token));
     }
 
     /// Not primary any more; a solo right stays until a resync gave it back.

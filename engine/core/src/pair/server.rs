@@ -93,6 +93,7 @@ pub struct Server {
     pub(super) serving: Serving,
     pub(super) session: Option<Session>,
     pub(super) pending: VecDeque<Pending>,
+    pub(super) role_drain: Option<super::drain::RoleDrain>,
     /// What the record said before the return under way.
     pub(super) era_before_return: Era,
     /// What stood before the G4 under way.
@@ -145,6 +146,7 @@ impl Server {
             serving: Serving::No,
             session: None,
             pending: VecDeque::new(),
+            role_drain: None,
             era_before_return: Era::Pair,
             attempt: None,
             next_tag: 1,

@@ -275,8 +275,8 @@ impl Server {
             | Step::TakenBack
             | Step::Noted => true,
             Step::GoneAlone { .. }
-            | Step::DrainedForHandOver { .. }
-            | Step::DrainedForDemote { .. }
+            | Step::DrainedForHandOver
+            | Step::DrainedForDemote
             | Step::DrainedForStop
             | Step::FrozenForFront { .. }
             | Step::CleanStop => false,

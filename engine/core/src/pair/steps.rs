@@ -44,14 +44,8 @@ pub(super) enum Step {
         then_stop: bool,
     },
     /// Drained: no request in flight, both flushed, no marks.
-    DrainedForHandOver {
-        session: SessionId,
-        token: Option<OperatorToken>,
-        then_stop: bool,
-    },
-    DrainedForDemote {
-        token: OperatorToken,
-    },
+    DrainedForHandOver,
+    DrainedForDemote,
     DrainedForStop,
     /// Nothing completes here any more: the peer may take the service (G12).
     FrozenForFront {
@@ -155,8 +149,8 @@ impl Server {
         for pending in stuck {
             match pending.step {
                 // Answered by a failed copy, too.
-                Step::DrainedForHandOver { .. }
-                | Step::DrainedForDemote { .. }
+                Step::DrainedForHandOver
+                | Step::DrainedForDemote
                 | Step::DrainedForStop
                 | Step::FrozenForFront { .. } => self.pending.push_back(pending),
                 // The other volumes' records are enough.
@@ -202,10 +196,7 @@ impl Server {
             Step::Returned { session, epoch } => self.returned(session, epoch),
             Step::MirroredNoted { session, epoch } => self.mirrored_noted(session, epoch),
             Step::HandedOver { session, token, then_stop } => self.handed_over(session, token, then_stop),
-            Step::DrainedForHandOver { session, token, then_stop } => {
-                self.drained_for_hand_over(session, token, then_stop);
-            }
-            Step::DrainedForDemote { token } => self.drained_for_demote(token),
+            Step::DrainedForHandOver | Step::DrainedForDemote => self.drained_for_role(),
             Step::DrainedForStop => self.drained_for_stop(),
             Step::FrozenForFront { session, volume, errno } => {
                 self.frozen_for_front(session, volume, errno);
