@@ -87,7 +87,8 @@ impl Server {
     /// The local copy is given up. A server that does not serve lets its backing go at once.
     fn detach(&mut self, token: OperatorToken, index: VolumeIndex) {
         let lets_go = self.serving == Serving::No;
-        let Some(volume) = self.volumes.get_mut(usize::from(index.0)) else {
+        let at = usize::from(index.0);
+        let Some(volume) = self.volumes.get(at) else {
             return;
         };
         if volume.gone {
@@ -97,16 +98,24 @@ impl Server {
             let text = format!(
                 "this server serves without its peer: its copy of volume {} is the only current one. `duplex status --wait \
                  mirrored` first, then `duplex switchover`",
-                self.name(usize::from(index.0))
+                self.name(at)
             );
             return self.answer(token, refuse("last-copy", text));
         }
-        let Some(volume) = self.volumes.get_mut(usize::from(index.0)) else {
+        if volume.failed.is_none() && self.peer_copies.get(at) == Some(&Some(CopyState::Failed)) {
+            let (name, peer) = (self.name(at), &self.config.peer);
+            let text = format!(
+                "{peer}'s copy of volume {name} is failed: this one is the last. Mend the disk there first, `duplex attach \
+                 {name}` there, then `duplex status --wait mirrored`"
+            );
+            return self.answer(token, refuse("last-copy", text));
+        }
+        let Some(volume) = self.volumes.get_mut(at) else {
             return;
         };
         volume.gone = lets_go;
         if lets_go {
-            self.on_my_copy_failed(usize::from(index.0), ENODEV, None);
+            self.on_my_copy_failed(at, ENODEV, None);
         }
         self.order(index, Order::Fail { errno: ENODEV });
         self.answer(token, Ok("detached".to_owned()));

@@ -113,6 +113,18 @@ fn the_last_copy_is_not_detached() {
 }
 
 #[test]
+fn nor_is_it_where_nobody_serves() {
+    let mut bench = nobody_serves_and_beta_failed();
+    let refusal = bench.refused(A, Operator::Detach(VolumeIndex(0)));
+    assert_eq!(refusal.code, "last-copy");
+    assert!(refusal.text.contains("beta") && refusal.text.contains("duplex attach v0"), "{}", refusal.text);
+    assert!(!bench.nodes[A].disks[0].failed);
+    // The failed one may go.
+    let token = bench.ask(B, Operator::Detach(VolumeIndex(0)));
+    assert!(bench.answer(B, token).is_some_and(Result::is_ok));
+}
+
+#[test]
 fn a_server_without_a_disk_can_be_demoted_and_gets_its_disk_back() {
     let mut bench = Bench::mirrored(1, Some(A));
     bench.cut();
