@@ -330,10 +330,13 @@ impl Server {
     fn demote(&mut self, token: OperatorToken) {
         match self.serving {
             Serving::No => self.answer(token, Ok("this server is not primary".to_owned())),
-            Serving::Front => {
-                self.stop_serving();
-                self.answer(token, Ok("requests go no more to the peer from here".to_owned()));
-            }
+            Serving::Front => match self.in_use.clone() {
+                Some(by) => self.answer(token, in_use(&by)),
+                None => {
+                    self.stop_serving();
+                    self.answer(token, Ok("requests go no more to the peer from here".to_owned()));
+                }
+            },
             Serving::GoingAlone | Serving::Returning => {
                 self.answer(token, refuse("not-now", "a change of the right is under way; try again"));
             }
@@ -366,8 +369,10 @@ impl Server {
 
     fn down(&mut self, token: OperatorToken) {
         let hand_over = self.serving == Serving::Mirrored && self.in_step_session().is_some();
+        // A front has clients, too: it only lacks the disk.
+        let has_clients = self.is_primary() || self.serving == Serving::Front;
         match self.in_use.clone() {
-            Some(by) if self.is_primary() => self.answer(token, in_use(&by)),
+            Some(by) if has_clients => self.answer(token, in_use(&by)),
             Some(_) | None if hand_over && self.gives_role_up() => self.answer(token, Err(not_now())),
             Some(_) | None if hand_over => self.begin_hand_over(Some(token), true),
             Some(_) | None => self.begin_stop(Some(token), "down"),

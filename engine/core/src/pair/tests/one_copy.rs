@@ -125,6 +125,27 @@ fn nor_is_it_where_nobody_serves() {
 }
 
 #[test]
+fn the_users_of_a_front_are_not_cut_off() {
+    for command in [Operator::Demote, Operator::Down] {
+        let mut bench = Bench::mirrored(1, Some(A));
+        bench.disk_fails(A, 0);
+        bench.advance(300);
+        assert_eq!(bench.nodes[A].disks[0].serve, Some(ServeMode::Front));
+        bench.nodes[A].server.set_in_use(Some("/srv".to_owned()));
+        let refusal = bench.refused(A, command.clone());
+        assert_eq!(refusal.code, "in-use", "{command:?}");
+        assert!(refusal.text.contains("/srv"), "{}", refusal.text);
+        bench.advance(300);
+        assert!(bench.serves(A) && !bench.nodes[A].exited, "{command:?}");
+        bench.nodes[A].server.set_in_use(None);
+        let token = bench.ask(A, command.clone());
+        bench.advance(300);
+        assert!(bench.answer(A, token).is_some_and(Result::is_ok), "{command:?}");
+        assert!(!bench.serves(A), "{command:?}");
+    }
+}
+
+#[test]
 fn a_server_without_a_disk_can_be_demoted_and_gets_its_disk_back() {
     let mut bench = Bench::mirrored(1, Some(A));
     bench.cut();
