@@ -326,6 +326,10 @@ impl Map {
         later + self.merges.values().map(|bits| count(&bits[..])).sum::<u64>()
     }
 
+    pub(super) fn has_waiting_marks(&self) -> bool {
+        !self.later.is_empty() || !self.merges.is_empty()
+    }
+
     /// Marks of a page that are not in it yet.
     pub(super) fn waiting_bits(&self, page: u64, into: &mut PageBits) {
         for (extent, bits) in self.later.range(extents_of_page(page)) {

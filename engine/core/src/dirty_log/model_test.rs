@@ -425,6 +425,8 @@ impl World {
             assert!(!open || pages.contains(block), "not kept: {what:?}");
         }
         assert!(dirty.is_empty() || self.log.dirty_blocks() > 0, "seed {}: none counted", self.seed);
+        let some = self.log.dirty_blocks() > 0;
+        assert_eq!(self.log.has_dirty_blocks(), some, "seed {}", self.seed);
         self.collect_ops();
         while let Some(ticket) = self.log.poll_ready() {
             self.run(ticket.0);

@@ -26,6 +26,13 @@ impl DirtyLog {
         self.map.total() + active + self.map.waiting_marks()
     }
 
+    /// Some block is marked. Cheap where many are: asked after every input.
+    pub fn has_dirty_blocks(&self) -> bool {
+        self.map.total() > 0
+            || self.map.has_waiting_marks()
+            || self.extents.values().any(|extent| !is_clear(&extent.dirty))
+    }
+
     /// The next marked blocks at or after `from_block` that are not copied yet. A run ends with its page, or with a
     /// later one when every block of the pages between is marked.
     pub fn next_dirty(&mut self, from_block: u64, max_blocks: u64) -> NextDirty {

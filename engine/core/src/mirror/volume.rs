@@ -226,8 +226,9 @@ impl Volume {
     /// Whether a copy that is alone has blocks of its own decides who copies to whom (D5): the server machine
     /// always knows. In a session it asks where it needs to know.
     fn tell_marked(&mut self) {
-        // Asked after every input, and what is marked is a sum over every active extent: not where nobody asks.
-        if self.joined.is_none() && self.told_marked != (self.dirty_blocks() > 0) {
+        // Asked after every input, alone: no sum over the active extents.
+        let marked = || self.log.as_ref().is_some_and(DirtyLog::has_dirty_blocks);
+        if self.joined.is_none() && self.told_marked != marked() {
             self.tell_marks();
         }
     }
