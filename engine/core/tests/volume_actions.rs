@@ -438,6 +438,29 @@ fn time_behind_another_request_is_not_the_disk_s() {
 }
 
 #[test]
+fn a_server_that_stood_still_itself_fails_no_copy() {
+    let mut rig = Rig::alone();
+    rig.write(1, 0);
+    rig.ends("log");
+    // Stopped and let go on: the clock is seen before what the disk did meanwhile.
+    let told = rig.later(STALL * 2);
+    assert!(!told.contains(&"report CopyFailed".to_owned()), "{told:?}");
+    assert!(rig.ends("write 0+4096").contains(&"complete 1".to_owned()));
+    rig.write(2, 0);
+    stalled(&mut rig);
+}
+
+#[test]
+fn of_two_copies_that_are_late_together_one_is_left() {
+    let mut rig = Rig::mirrored();
+    rig.write(1, 0);
+    rig.ends("log");
+    let told = stalled(&mut rig);
+    let failed = told.iter().filter(|word| *word == "report CopyFailed").count();
+    assert_eq!(failed, 1, "{told:?}");
+}
+
+#[test]
 fn a_disk_that_does_not_answer_keeps_neither_a_demotion_nor_a_closed_client() {
     let mut rig = Rig::alone();
     rig.write(1, 0);

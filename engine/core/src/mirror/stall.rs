@@ -1,7 +1,8 @@
 //! What was begun and does not end: an operation unanswered for `stall`, here or there, counts as a failed copy.
 //!
 //! Every operation counts from when it went to the disk or to the peer, metadata too: a write that waits for its mark
-//! has nothing else under way. What waits for a lock waits for an operation that is counted itself.
+//! has nothing else under way. What waits for a lock waits for an operation that is counted itself, or for a chunk that is
+//! on its way to the target of a resync: a peer's volume that stands still promises nothing, and its session ends.
 
 use std::time::Duration;
 
@@ -63,11 +64,16 @@ impl Volume {
 
     /// An operation unanswered for `stall` counts as a failed copy.
     pub(super) fn check_stalls(&mut self) {
-        if self.stall_check.is_none_or(|at| self.now < at) {
+        let Some(at) = self.stall_check.filter(|at| *at <= self.now) else {
             return;
-        }
+        };
         self.stall_check = None;
         let (stall, now) = (self.config.stall, self.now);
+        if now.since(at) > STALL_CHECK {
+            // It was this thread that stood still: what was done meanwhile is taken in first.
+            self.stall_check = Some(now + STALL_CHECK);
+            return;
+        }
         let late = |started: Option<Instant>| started.is_some_and(|at| now.since(at) >= stall);
         let (mine, peers) = (late(self.oldest_here()), late(self.oldest_there()));
         if late(self.oldest_log_op())
@@ -79,7 +85,8 @@ impl Volume {
             self.fail_mine(ETIMEDOUT, None);
             self.answer_stalled();
         }
-        if peers {
+        // Without a copy here the peer's is the last one: that server looks after it itself.
+        if peers && self.failed.is_none() {
             self.fail_peer(ETIMEDOUT, None);
         }
     }

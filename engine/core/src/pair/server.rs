@@ -89,6 +89,8 @@ pub struct Server {
     pub(super) loaded: bool,
     /// The disks were read once: the record is what this process knows.
     pub(super) was_loaded: bool,
+    /// A disk was put in while this process runs.
+    attached: bool,
     pub(super) record: ServerRecord,
     pub(super) serving: Serving,
     pub(super) session: Option<Session>,
@@ -142,6 +144,7 @@ impl Server {
             volumes: vec![VolumeState::default(); count],
             loaded: false,
             was_loaded: false,
+            attached: false,
             record,
             serving: Serving::No,
             session: None,
@@ -460,7 +463,10 @@ impl Server {
                 self.event("refused", format!("volume {}: {text}", self.config.volumes[at]), code);
             }
             Report::Recorded { tag, copy } => {
-                self.set_copy(at, *copy);
+                // One that landed after its disk was given up tells of a step that did not happen.
+                if self.volumes[at].failed.is_none() {
+                    self.set_copy(at, *copy);
+                }
                 self.on_recorded(at, tag);
             }
             Report::Synced { total_bytes, sent_bytes } => {
@@ -507,6 +513,7 @@ impl Server {
             return;
         };
         *volume = VolumeState::default();
+        self.attached = true;
         self.loaded = false;
         self.eligible = false;
         self.close_session("a disk was attached");
@@ -558,7 +565,7 @@ impl Server {
         let text = format!("recovered {dirty} dirty blocks, {replayed} extents were in flight");
         self.event_with("recovered", text, "start", fields);
         // A disk that comes back while the process runs gives no right: the peer may have it by now.
-        if first {
+        if !self.attached {
             self.resume_solo();
         }
         if let Some(session) = self.session.as_ref().map(|s| s.id) {

@@ -141,7 +141,9 @@ impl Server {
     /// A copy failed: records that it still owes never come. What cannot be without them does not happen; what was
     /// only to be told or to end goes on by the other volumes.
     pub(super) fn steps_lose_volume(&mut self, volume: usize, resumes_solo: bool) {
-        let owed = |p: &Pending| p.waits.get(volume) == Some(&true);
+        // A return cannot end without the copy, even if that one's record stands already.
+        let owed =
+            |p: &Pending| p.waits.get(volume) == Some(&true) || matches!(p.step, Step::Returned { .. });
         let (stuck, rest): (VecDeque<Pending>, VecDeque<Pending>) =
             std::mem::take(&mut self.pending).into_iter().partition(owed);
         self.pending = rest;

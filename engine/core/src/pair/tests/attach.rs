@@ -48,6 +48,19 @@ fn one_that_failed_at_the_start_waits_for_the_operator() {
     assert!(matches!(bench.answer(A, token), Some(Ok(_))), "{:?}", bench.answer(A, token));
 }
 
+#[test]
+fn one_that_could_not_be_read_at_the_start_gives_no_right_either() {
+    let mut bench = Bench::syncing();
+    bench.begin_process(A);
+    let text = "the superblock cannot be read".to_owned();
+    bench.input(A, Input::Report(VolumeIndex(0), Report::Unusable { code: "io", text }));
+    bench.attach(A, 0);
+    bench.advance(3000);
+    assert!(!bench.serves(A));
+    let token = bench.ask(A, Operator::Promote);
+    assert!(matches!(bench.answer(A, token), Some(Ok(_))), "{:?}", bench.answer(A, token));
+}
+
 /// Two volumes, both adopted: alpha gives its right back.
 fn returning_with_two() -> Bench {
     let mut bench = Bench::mirrored(2, Some(A));
@@ -77,6 +90,43 @@ fn a_right_given_back_stays_so_on_the_other_volumes() {
     bench.restart(A);
     bench.advance(3000);
     assert!(!bench.serves(A));
+}
+
+#[test]
+fn a_right_given_back_stays_so_in_whichever_order_the_disks_took_it() {
+    let mut bench = returning_with_two();
+    bench.nodes[A].hold = |_, _| false;
+    // The record of volume 0 stands, that of volume 1 does not yet; then the disk of volume 0 fails.
+    let at = bench.nodes[A].held.iter().position(|(index, _)| index.0 == 0).expect("held");
+    let (index, order) = bench.nodes[A].held.remove(at);
+    let report = bench.nodes[A].obey(index, order).expect("recorded");
+    bench.input(A, Input::Report(index, report));
+    bench.nodes[A].held.clear();
+    bench.disk_fails(A, 0);
+    assert!(bench.nodes[A].disks.iter().all(|disk| !disk.server.era.is_solo()));
+    bench.meet();
+    bench.advance(300);
+    assert_eq!(bench.live(B), LiveState::Alone, "it adopted everything");
+}
+
+#[test]
+fn a_record_that_lands_after_its_disk_was_given_up_does_not_count() {
+    let mut bench = Bench::mirrored(1, Some(A));
+    bench.nodes[A].hold = |_, order| matches!(order, Order::Record { .. });
+    bench.cut();
+    bench.advance(1500);
+    assert_eq!(bench.live(A), LiveState::Granted);
+    let (_, late) = bench.nodes[A].held.pop().expect("the record of going alone");
+    bench.disk_fails(A, 0);
+    let Order::Record { tag, change: CopyChange::NewGeneration { generation, .. }, .. } = late else {
+        panic!("it goes alone");
+    };
+    let copy = Box::new(CopyRecord { generation, ..copy() });
+    bench.input(A, Input::Report(VolumeIndex(0), Report::Recorded { tag, copy }));
+    bench.nodes[A].hold = |_, _| false;
+    bench.meet();
+    bench.advance(300);
+    assert_eq!(bench.live(B), LiveState::Alone, "nothing was completed in that generation");
 }
 
 #[test]
