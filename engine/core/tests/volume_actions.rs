@@ -196,6 +196,34 @@ fn g2_a_copied_block_is_clean_only_after_a_flush_of_both() {
     assert!(told.contains(&"send sync-done".to_owned()), "{told:?}");
 }
 
+#[test]
+fn an_unreadable_block_leaves_the_volume_at_rest_while_a_flush_is_under_way() {
+    let mut rig = Rig::alone();
+    for (id, at) in [(1, 0), (2, 10), (3, 100)] {
+        rig.write(id, at);
+    }
+    rig.settle();
+    rig.order(Order::Join { session: SESSION, part: Part::Source(CopyPlan::Union), resume: false });
+    rig.hear(VolumeMessage::MarksEnd { pages: 0 }, None);
+    finish_marks(&mut rig);
+    rig.fails("read 40960+4096", 5);
+    assert_eq!(rig.pending(), ["read 0+4096", "read 409600+4096"]);
+    rig.ends("read 0+4096");
+    rig.peer_copied();
+    assert!(rig.later(Duration::from_secs(1)).contains(&"send flush".to_owned()));
+    // Its answer is awaited; the last block is copied, and only the unreadable one is left to look at.
+    rig.ends("read 409600+4096");
+    rig.peer_copied();
+    assert!(rig.pending().contains(&"flush"));
+    rig.later(Duration::from_millis(1));
+    rig.ends("flush");
+    rig.peer_flushed();
+    rig.ends("flush");
+    rig.peer_flushed();
+    rig.settle();
+    assert_eq!(rig.volume.dirty_blocks(), 1, "the unreadable one");
+}
+
 /// Marks become durable; what is begun then.
 fn finish_marks(rig: &mut Rig) -> Vec<String> {
     let mut told = rig.give(duplex_core::mirror::api::Input::Time);

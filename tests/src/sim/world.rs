@@ -109,6 +109,9 @@ pub struct World {
     pub cuts: [u64; 2],
 }
 
+/// Most steps of one run: fifty times as many as a long one takes.
+const STEPS_MAX: u64 = 5_000_000;
+
 impl World {
     /// Two servers with fresh metadata, not started.
     pub fn new(seed: u64, mutant: Option<Mutant>, text: bool) -> Self {
@@ -199,6 +202,9 @@ impl World {
             let Some(((at, _), event)) = self.queue.pop_first() else { break };
             self.now = at;
             self.happen(event);
+            if self.trace.steps > STEPS_MAX {
+                self.fail(format!("the machines do not come to rest: {STEPS_MAX} steps"));
+            }
         }
         self.now = self.now.max(end);
     }

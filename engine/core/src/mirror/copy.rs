@@ -329,7 +329,7 @@ impl Volume {
                     let first_block = first_block + skipped;
                     self.copying.cursor_block = first_block;
                     if blocks == 0 {
-                        moved = true;
+                        // Only looked at: nothing moved.
                         continue;
                     }
                     let (blocks, zero) = match self.piece(first_block, blocks) {
