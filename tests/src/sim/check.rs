@@ -25,6 +25,7 @@ struct Budget {
     allowed_bytes: u64,
     sent_bytes: u64,
     source: Host,
+    plan: Option<CopyPlan>,
 }
 
 impl ResyncBudget {
@@ -57,13 +58,7 @@ impl World {
             CopyPlan::Union => (marked * BLOCK_BYTES).min(all),
             CopyPlan::Full => all,
         };
-        *self.resync.volume(volume) = Budget { allowed_bytes, sent_bytes: 0, source: host };
-    }
-
-    /// A full copy was asked for.
-    pub fn resync_grows(&mut self, volume: usize) {
-        let all = self.profile.volumes[volume].size_bytes;
-        self.resync.volume(volume).allowed_bytes += all;
+        *self.resync.volume(volume) = Budget { allowed_bytes, sent_bytes: 0, source: host, plan: Some(plan) };
     }
 
     /// A chunk is sent.
@@ -76,7 +71,7 @@ impl World {
         if budget.source != host {
             return;
         }
-        if budget.sent_bytes == 0 {
+        if budget.sent_bytes == 0 && budget.plan == Some(CopyPlan::Union) {
             // A start that was cut off left the summary's number behind its page; now the page is read.
             budget.allowed_bytes = budget.allowed_bytes.max(found);
         }
