@@ -45,6 +45,10 @@ impl ResyncBudget {
 impl World {
     /// A source begins.
     pub fn resync_begins(&mut self, host: Host, volume: usize, plan: CopyPlan, resume: bool) {
+        if plan == CopyPlan::Full {
+            // From now on its map tells what this target lacks, and of no other disk what it lacks.
+            self.machines[host].disks[volume].twin = None;
+        }
         if resume {
             return;
         }
@@ -104,6 +108,7 @@ impl World {
             }
             for at in self.differing(volume) {
                 let marked = (0..2).any(|host| self.is_marked(host, volume, at));
+                self.cover.hit("marks compared");
                 if !marked {
                     let why = format!("P4: volume {volume} block {at} differs and is marked on neither side");
                     return self.fail(why);
@@ -112,16 +117,26 @@ impl World {
         }
     }
 
+    /// Both copies of a volume are equal but for what is under way: each map tells from now on what differs from the
+    /// other one.
+    pub fn become_twins(&mut self, volume: usize) {
+        let numbers = [0, 1].map(|host: Host| self.machines[host].disks[volume].number);
+        for host in 0..2 {
+            self.machines[host].disks[volume].twin = Some(numbers[1 - host]);
+        }
+    }
+
+    /// Both copies are usable, and the one was made equal to the other last. This is the simulator's own rule: it looks
+    /// at which disks were copied, not at what their records say.
     fn comparable(&self, volume: usize) -> bool {
-        let copies: Vec<_> = self
-            .machines
-            .iter()
-            .filter_map(|m| m.process.as_ref().map(|p| &p.volumes[volume].machine))
-            .filter(|machine| machine.is_loaded() && machine.copy_state() == Some(CopyState::UpToDate))
-            .filter_map(duplex_core::mirror::Volume::copy)
-            .collect();
-        let [a, b] = copies[..] else { return false };
-        a.map_reaches(b.generation) || b.map_reaches(a.generation)
+        let usable = |machine: &super::host::Machine| {
+            machine.process.as_ref().is_some_and(|process| {
+                let machine = &process.volumes[volume].machine;
+                machine.is_loaded() && machine.copy_state() == Some(CopyState::UpToDate)
+            })
+        };
+        let [a, b] = [0, 1].map(|host: Host| &self.machines[host].disks[volume]);
+        self.machines.iter().all(usable) && a.twin == Some(b.number) && b.twin == Some(a.number)
     }
 
     /// Blocks whose content differs now.

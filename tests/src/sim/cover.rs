@@ -71,6 +71,7 @@ pub fn wanted() -> Vec<String> {
         "operator full-copy",
         "crash in resync",
         "copy of a hole",
+        "marks compared",
     ];
     names.extend(steps.iter().map(|step| (*step).to_owned()));
     names.retain(|name| !UNREACHABLE.iter().any(|(unreachable, _)| unreachable == name));

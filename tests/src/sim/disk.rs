@@ -97,6 +97,10 @@ pub struct Disk {
     pub lies: bool,
     /// What was written since the last flush is not seen where holes are looked for: a deliberate bug.
     pub stale_holes: bool,
+    /// Which piece of hardware this is: no two disks of a run have the same number.
+    pub number: u64,
+    /// The number of the disk that it was made equal to last, while its map can still tell what differs from that one.
+    pub twin: Option<u64>,
 }
 
 fn split(range: ByteRange) -> (u64, usize) {

@@ -558,6 +558,7 @@ impl World {
         }
         if matches!(report, Report::Adopted { .. }) {
             self.cover.hit("G6.2 adopted");
+            self.become_twins(volume);
         }
         if matches!(report, Report::CopyFailed { .. }) {
             self.cover.hit("G12 copy failed");

@@ -97,6 +97,7 @@ pub struct World {
     /// Answers of the operator's commands.
     pub answers: BTreeMap<OperatorToken, Result<String, String>>,
     next_token: u64,
+    next_disk: u64,
     /// Copy payload sent in the current session, and the blocks marked when it began.
     pub resync: super::check::ResyncBudget,
     /// What had completed on each volume when its solo right began to be given back.
@@ -145,6 +146,7 @@ impl World {
             broken: None,
             answers: BTreeMap::new(),
             next_token: 0,
+            next_disk: 0,
             resync: super::check::ResyncBudget::default(),
             returning: BTreeMap::new(),
             hellos: [None, None],
@@ -167,6 +169,8 @@ impl World {
         let instance = self.rng.wide();
         let disk = &mut self.machines[host].disks[volume];
         *disk = Disk::default();
+        self.next_disk += 1;
+        disk.number = self.next_disk;
         disk.stale_holes = self.mutant == Some(Mutant::StaleHole);
         for (offset_bytes, bytes) in
             super::create::blank(self.profile.volumes[volume].size_bytes, boot_id, instance)
