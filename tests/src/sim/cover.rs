@@ -62,6 +62,8 @@ pub fn wanted() -> Vec<String> {
         "fault both power cut",
         "fault pause",
         "fault disk",
+        "new disk",
+        "disk from the shelf",
         "operator promote-peer-is-down",
         "operator demote",
         "operator switchover",
