@@ -209,6 +209,7 @@ impl World {
             if self.machines[host].disks[volume].dead || half_alone || mixed {
                 self.format(host, volume);
                 self.litter(host, volume);
+                self.oracle.disk_lost(host, volume);
             }
         }
         self.script.failed[host] = false;

@@ -4,6 +4,7 @@
 //! versions that its next read may return: the newest one known to count, and everything after it.
 
 use std::collections::BTreeMap;
+use std::ops::RangeBounds;
 
 /// Which server, 0 or 1.
 pub type Host = usize;
@@ -297,8 +298,19 @@ impl Oracle {
 
     /// `host` lost power: what it held without a flush may be gone.
     pub fn power_cut(&mut self, host: Host) {
+        self.forget(host, ..);
+        self.show(&format!("server {host} lost power"));
+    }
+
+    /// The disk of one volume of `host` is gone; its other volumes are as they were.
+    pub fn disk_lost(&mut self, host: Host, volume: usize) {
+        self.forget(host, (volume, 0)..(volume + 1, 0));
+        self.show(&format!("server {host} lost the disk of volume {volume}"));
+    }
+
+    fn forget(&mut self, host: Host, places: impl RangeBounds<(usize, u64)>) {
         let mut losable = 0;
-        for block in self.blocks.values_mut() {
+        for (_, block) in self.blocks.range_mut(places) {
             for version in &mut block.line {
                 let before = version.may_be_lost();
                 // One in flight may have been acknowledged there already, and be completed without it.
@@ -307,7 +319,6 @@ impl Oracle {
             }
         }
         self.losable += losable;
-        self.show(&format!("server {host} lost power"));
     }
 
     /// What has completed and is not stable: a solo run's return will flush it on both.
@@ -421,6 +432,19 @@ mod tests {
         oracle.power_cut(0);
         oracle.power_cut(1);
         assert!(read(&mut oracle, 0).is_err());
+    }
+
+    #[test]
+    fn a_lost_disk_loses_one_volume_only() {
+        let mut oracle = Oracle::default();
+        for volume in [0, 1] {
+            let ticket = oracle.write(volume, vec![5], 7, false);
+            oracle.complete(ticket, 0, 1, BOTH, &[]).unwrap();
+        }
+        oracle.disk_lost(0, 1);
+        oracle.disk_lost(1, 1);
+        assert!(oracle.at_rest(0, 5, Some(0)).is_err());
+        oracle.at_rest(1, 5, Some(0)).unwrap();
     }
 
     #[test]

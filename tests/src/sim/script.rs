@@ -184,7 +184,7 @@ impl World {
         if fault == Fault::DiskDies {
             self.machines[host].disks[volume].dead = true;
             self.script.failed[host] = true;
-            self.oracle.power_cut(host);
+            self.oracle.disk_lost(host, volume);
             self.trace.step(self.now, [8, host as u64, 0], || format!("{host}.{volume} disk dies"));
             return;
         }
@@ -221,7 +221,7 @@ impl World {
             Some(disk) => self.machines[host].disks[volume] = disk,
             None => self.format(host, volume),
         }
-        self.oracle.power_cut(host);
+        self.oracle.disk_lost(host, volume);
         if self.rng.chance(700) {
             let later = self.rng.weighted(&[(2, 300), (1, 3000)]).unwrap_or(300);
             let at = self.now + self.rng.between(30, later) * MS;
