@@ -219,15 +219,18 @@ fn over<T: Sync>(items: &[T], work: impl Fn(&T) + Sync) {
 /// Crash points one by one.
 fn sweep(args: &Args) -> bool {
     let seeds: Vec<u64> = (args.from..args.from + args.seeds.unwrap_or(SWEEP_SEEDS)).collect();
-    let found = std::sync::Mutex::new(Vec::new());
+    let found = std::sync::Mutex::new((Vec::new(), Vec::new()));
     over(&seeds, |seed| {
         let plain = guarded(*seed, args.mutant, Look::default());
         let mut found = found.lock().expect("nothing panics while it holds this");
+        if let Some(why) = broken(&plain) {
+            found.1.push((*seed, why));
+        }
         if let Ok(plain) = &plain {
-            found.extend(crashes(plain).into_iter().map(|trap| (*seed, trap)));
+            found.0.extend(crashes(plain).into_iter().map(|trap| (*seed, trap)));
         }
     });
-    let mut all = found.into_inner().expect("nothing panics while it holds this");
+    let (mut all, plainly_failed) = found.into_inner().expect("nothing panics while it holds this");
     all.sort_by_key(|(seed, trap)| (trap.boundary, trap.host, *seed, trap.times, trap.victim));
     let known = all.len();
     let chosen = match args.runs {
@@ -247,9 +250,12 @@ fn sweep(args: &Args) -> bool {
             "FAIL seed {seed} {trap}: {why}; again: cargo xtask sim --seed {seed} --crash {trap} --trace 400"
         );
     }
+    for (seed, why) in &plainly_failed {
+        println!("FAIL seed {seed} without a crash: {why}; again: cargo xtask sim --seed {seed} --trace 400");
+    }
     let missing = swept.missing();
     missing.iter().for_each(|place| println!("FAIL no crash at {place}"));
-    let (done, failed) = (swept.crashes, swept.failed.len());
+    let (done, failed) = (swept.crashes, swept.failed.len() + plainly_failed.len());
     println!("{done} of {known} crash points of {} seeds, {failed} failed", seeds.len());
     failed == 0 && missing.is_empty()
 }
