@@ -29,7 +29,9 @@ fn a_few_seeds_keep_every_promise() {
 }
 
 #[test]
-fn a_resync_that_copies_nothing_is_found() {
-    let found = (1..40).any(|seed| run(seed, Some(Mutant::SkipCopy), Look::default()).broken.is_some());
-    assert!(found);
+fn a_resync_that_copies_wrongly_is_found() {
+    for mutant in [Mutant::SkipCopy, Mutant::SkipHole, Mutant::StaleHole] {
+        let found = (1..40).any(|seed| run(seed, Some(mutant), Look::default()).broken.is_some());
+        assert!(found, "{} is not found", mutant.name());
+    }
 }
