@@ -33,6 +33,9 @@ struct Cli {
     /// Of --at: at most so many points, spread evenly
     #[arg(long)]
     most: Option<usize>,
+    /// Of --most: which of the points; another number takes others
+    #[arg(long, default_value_t = 0)]
+    offset: usize,
     /// Of --at: so many at a time
     #[arg(long, default_value_t = 2)]
     jobs: usize,
@@ -92,7 +95,9 @@ fn chosen(cli: &Cli, names: &str) -> Result<Vec<Point>> {
         Some(Way::Power) => point.how == How::Power,
     });
     ensure!(!points.is_empty(), "no point is left: {names} is never reached in this role");
-    Ok(points::thin(&points, cli.most.unwrap_or(usize::MAX)))
+    let Some(most) = cli.most else { return Ok(points) };
+    println!("crash points of --offset {}", cli.offset);
+    Ok(points::thin(&points, most, cli.offset))
 }
 
 fn swept(cli: &Cli, points: &[Point]) -> Result<bool> {

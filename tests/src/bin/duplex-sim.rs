@@ -48,6 +48,9 @@ struct Args {
     /// About so many runs of --sweep, spread evenly
     #[arg(long)]
     runs: Option<usize>,
+    /// Of --runs: which of the points; another number takes others
+    #[arg(long, default_value_t = 0)]
+    offset: usize,
     /// With --seed: crash there, as g4-durable@2:alpha:own:kill
     #[arg(long)]
     crash: Option<Trap>,
@@ -234,7 +237,10 @@ fn sweep(args: &Args) -> bool {
     all.sort_by_key(|(seed, trap)| (trap.boundary, trap.host, *seed, trap.times, trap.victim));
     let known = all.len();
     let chosen = match args.runs {
-        Some(most) => thin(all, most),
+        Some(most) => {
+            println!("crash points of --offset {}", args.offset);
+            thin(all, most, args.offset)
+        }
         None => all,
     };
     let swept = std::sync::Mutex::new(Swept::default());

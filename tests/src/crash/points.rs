@@ -180,14 +180,14 @@ pub fn all() -> Vec<Point> {
     all
 }
 
-/// At most so many of them, spread evenly, both ways in turn.
-pub fn thin(all: &[Point], most: usize) -> Vec<Point> {
+/// At most so many of them, spread evenly, both ways in turn. Another `offset` gives others.
+pub fn thin(all: &[Point], most: usize, offset: usize) -> Vec<Point> {
     if all.len() <= most {
         return all.to_vec();
     }
     // An odd step meets kills and power cuts in turn.
     let step = all.len().div_ceil(most.max(1)) | 1;
-    all.iter().step_by(step).copied().collect()
+    all.iter().skip(offset % step).step_by(step).copied().collect()
 }
 
 #[cfg(test)]
@@ -195,13 +195,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_thin_sweep_has_every_role_and_both_ways() {
-        let thin = thin(&all(), 30);
-        assert!(thin.len() <= 30, "{}", thin.len());
-        for role in Role::ALL {
-            assert!(thin.iter().any(|point| point.role == role), "{role:?}");
+    fn a_thin_sweep_has_every_role_and_both_ways_and_all_offsets_have_every_point() {
+        let mut met = std::collections::BTreeSet::new();
+        for offset in 0..9 {
+            let thin = thin(&all(), 30, offset);
+            assert!(thin.len() <= 30, "{}", thin.len());
+            for role in Role::ALL {
+                assert!(thin.iter().any(|point| point.role == role), "{role:?}, offset {offset}");
+            }
+            let kills = thin.iter().filter(|point| point.how == How::Kill).count();
+            assert!(kills * 3 > thin.len() && kills * 3 < thin.len() * 2);
+            met.extend(thin);
         }
-        let kills = thin.iter().filter(|point| point.how == How::Kill).count();
-        assert!(kills * 3 > thin.len() && kills * 3 < thin.len() * 2);
+        assert_eq!(met.len(), all().len());
     }
 }

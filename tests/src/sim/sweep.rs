@@ -29,8 +29,9 @@ pub fn crashes(plain: &Outcome) -> Vec<Trap> {
     all
 }
 
-/// About so many of them: of each boundary and server the same number, spread evenly, and at least one.
-pub fn thin(all: Vec<(u64, Trap)>, most: usize) -> Vec<(u64, Trap)> {
+/// About so many of them: of each boundary and server the same number, spread evenly, and at least one. Another
+/// `offset` gives others.
+pub fn thin(all: Vec<(u64, Trap)>, most: usize, offset: usize) -> Vec<(u64, Trap)> {
     let mut places: BTreeMap<(Boundary, Host), Vec<(u64, Trap)>> = BTreeMap::new();
     for (seed, trap) in all {
         places.entry((trap.boundary, trap.host)).or_default().push((seed, trap));
@@ -39,7 +40,7 @@ pub fn thin(all: Vec<(u64, Trap)>, most: usize) -> Vec<(u64, Trap)> {
     let mut kept = Vec::new();
     for place in places.into_values() {
         let count = each.min(place.len());
-        kept.extend((0..count).map(|at| place[at * place.len() / count]));
+        kept.extend((0..count).map(|at| place[(at * place.len() / count + offset) % place.len()]));
     }
     kept
 }
@@ -87,5 +88,24 @@ impl Swept {
         missing
             .map(|(boundary, host)| format!("{} on {}", boundary.name(), ["alpha", "beta"][host]))
             .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_crash_is_in_a_thin_sweep_of_some_offset() {
+        let trap =
+            |times| Trap { boundary: Boundary::ALL[0], times, host: 0, victim: Victim::Own, power: None };
+        let all: Vec<_> = (1..=20).map(|times| (1, trap(times))).collect();
+        let mut met = std::collections::BTreeSet::new();
+        for offset in 0..10 {
+            let kept = thin(all.clone(), 3, offset);
+            assert_eq!(kept.len(), 3);
+            met.extend(kept.iter().map(|(_, trap)| trap.times));
+        }
+        assert_eq!(met.len(), 20);
     }
 }

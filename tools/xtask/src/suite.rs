@@ -3,7 +3,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::Result;
 
@@ -29,6 +29,19 @@ const CRASH_ROUNDS: u32 = 20;
 /// Crash points of one run of the suite: in the simulator, and on the real program. `--sweep` and `--at all` take all.
 const SWEEP_RUNS: u32 = 700;
 const CRASH_POINTS: u32 = 36;
+
+/// Gives the crash points to take a number, such as one that a run printed.
+const OFFSET: &str = "DUPLEX_CRASH_OFFSET";
+
+/// Which of the crash points: others every day, so that in time the suite takes all.
+fn crash_offset() -> String {
+    let offset = std::env::var(OFFSET).unwrap_or_else(|_| {
+        let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        (since.as_secs() / (24 * 60 * 60)).to_string()
+    });
+    println!("crash points of {OFFSET}={offset}");
+    offset
+}
 
 /// Rounds of `duplex-scale`.
 const SCALE_ROUNDS: [&str; 3] = ["huge", "cold", "many"];
@@ -248,7 +261,8 @@ fn simulator() -> Result<Count> {
 /// A crash at each of some moments, one by one.
 fn simulator_sweep() -> Result<Count> {
     let tool = Tool::new("duplex-tests", "duplex-sim");
-    let arguments = ["--sweep".to_owned(), "--runs".to_owned(), SWEEP_RUNS.to_string()];
+    let arguments =
+        ["--sweep", "--runs", &SWEEP_RUNS.to_string(), "--offset", &crash_offset()].map(str::to_owned);
     command("simulator-sweep", tool.command(&arguments), minutes(4))
 }
 
@@ -300,8 +314,8 @@ fn crash_points() -> Result<Count> {
     if packages::is_root() {
         process::build_crash_at()?;
     }
-    let most = CRASH_POINTS.to_string();
-    crash_tool("crash-points", &[&["--at", "all", "--most", &most], &["--sabotage"]])
+    let (most, offset) = (CRASH_POINTS.to_string(), crash_offset());
+    crash_tool("crash-points", &[&["--at", "all", "--most", &most, "--offset", &offset], &["--sabotage"]])
 }
 
 fn crash_tool(name: &str, runs: &[&[&str]]) -> Result<Count> {
