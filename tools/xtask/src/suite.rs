@@ -250,10 +250,6 @@ impl TestOutput {
 
 fn simulator() -> Result<Count> {
     let tool = Tool::new("duplex-tests", "duplex-sim");
-    if !tool.exists()? {
-        println!("the simulator is not there yet");
-        return Ok(Count::default());
-    }
     let arguments = ["--seeds".to_owned(), SIM_SEEDS.to_string()];
     command("simulator", tool.command(&arguments), minutes(6))
 }
@@ -267,10 +263,6 @@ fn simulator_sweep() -> Result<Count> {
 }
 
 fn cases() -> Result<Count> {
-    if CASES_HELD.is_empty() {
-        println!("no acceptance case is held yet");
-        return Ok(Count::default());
-    }
     if !packages::is_root() {
         println!("SKIPPED: the acceptance cases need root");
         return Ok(Count { skipped: u32::try_from(CASES_HELD.len())?, ..Count::default() });
@@ -320,10 +312,6 @@ fn crash_points() -> Result<Count> {
 
 fn crash_tool(name: &str, runs: &[&[&str]]) -> Result<Count> {
     let tool = Tool::new("duplex-tests", "duplex-crash");
-    if CASES_HELD.is_empty() || !tool.exists()? {
-        println!("crash rounds begin with the first case that is held");
-        return Ok(Count::default());
-    }
     if !packages::is_root() {
         println!("SKIPPED: the crash rounds need root");
         return Ok(Count::SKIPPED);
