@@ -12,6 +12,7 @@ use super::PROGRAM;
 use super::points::{self, Point};
 use super::scene::Scene;
 use crate::lab::disk::process::program;
+use crate::lab::is_wrong_data;
 
 /// Crashes at one point and drives the pair back. Gives the operator's verbs that were needed.
 fn run(point: Point, how: Sweep) -> Result<Vec<String>> {
@@ -45,13 +46,22 @@ pub struct Sweep {
     pub lie: bool,
 }
 
-/// Sweeps these points; prints a line each. Gives how many failed.
+/// How many points failed.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Failed {
+    /// For any reason.
+    pub all: usize,
+    /// Because data was not what it must be.
+    pub wrong_data: usize,
+}
+
+/// Sweeps these points; prints a line each.
 ///
 /// # Errors
 /// The program has boundaries that this sweep does not know, or the other way round.
-pub fn sweep(chosen: &[Point], how: Sweep) -> Result<usize> {
+pub fn sweep(chosen: &[Point], how: Sweep) -> Result<Failed> {
     check_names()?;
-    let (next, failed) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
+    let (next, failed) = (AtomicUsize::new(0), Mutex::new(Failed::default()));
     std::thread::scope(|scope| {
         for _ in 0..how.jobs.max(1) {
             scope.spawn(|| {
@@ -69,7 +79,8 @@ pub fn sweep(chosen: &[Point], how: Sweep) -> Result<usize> {
                                 "{point} FAIL {error:#}; again: cargo xtask crash --at {at} --role {role} --how {way} --seed {seed}"
                             );
                             if let Ok(mut failed) = failed.lock() {
-                                failed.push(*point);
+                                failed.all += 1;
+                                failed.wrong_data += usize::from(is_wrong_data(&error));
                             }
                         }
                     }
@@ -78,6 +89,6 @@ pub fn sweep(chosen: &[Point], how: Sweep) -> Result<usize> {
         }
     });
     let failed = failed.into_inner().map_err(|_| anyhow::anyhow!("a sweep's thread panicked"))?;
-    println!("{} crash points, {} failed", chosen.len(), failed.len());
-    Ok(failed.len())
+    println!("{} crash points, {} failed, {} by their data", chosen.len(), failed.all, failed.wrong_data);
+    Ok(failed)
 }

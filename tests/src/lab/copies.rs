@@ -102,6 +102,11 @@ impl std::fmt::Display for Difference {
     }
 }
 
+/// Two copies that should be equal are not.
+#[derive(Debug, thiserror::Error)]
+#[error("the copies are not equal: {0}")]
+pub struct Unequal(pub Difference);
+
 /// Compares two copies of one size; `None` when they are equal.
 pub fn compare(a: &Copy, b: &Copy) -> Result<Option<Difference>> {
     if a.size_bytes != b.size_bytes {

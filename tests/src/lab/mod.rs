@@ -33,6 +33,12 @@ pub use seed::Seed;
 pub use server::Server;
 pub use space::Space;
 
+/// Whether an error tells of data: copies that differ, or a block that breaks a promise. Whatever else went wrong tells
+/// nothing of them.
+pub fn is_wrong_data(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<history::Broken>().is_some() || error.downcast_ref::<copies::Unequal>().is_some()
+}
+
 /// Whether this process may build the lab; if not, why. Tests print `SKIPPED: reason` and return.
 pub fn unavailable() -> Option<String> {
     if !rustix::process::geteuid().is_root() {

@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
+use super::copies::Unequal;
 use super::disk::DiskOptions;
 use super::disk::process::program;
 use super::server::{Disk, Server};
@@ -174,7 +175,7 @@ impl Pair {
     pub fn assert_equal(&self) -> Result<()> {
         match self.difference()? {
             None => Ok(()),
-            Some(difference) => bail!("the copies are not equal: {difference}"),
+            Some(difference) => Err(Unequal(difference).into()),
         }
     }
 
