@@ -1,4 +1,5 @@
-//! Runs acceptance cases, one after the other: `NAME ok 1.9 s` · `NAME FAIL why` · `NAME missing`.
+//! Runs acceptance cases, one after the other: `NAME ok 1.9 s` · `NAME FAIL why` · `NAME missing` · `NAME hung why` ·
+//! `NAME unable why`: a program is not there, or the case ended without a verdict.
 //!
 //! Each case runs in a process of its own, so that one that hangs is ended whole: its servers, disks, loop devices
 //! and networks end with it, and what lies on disk is swept.
@@ -11,6 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use clap::Parser;
 use duplex_tests::cases::{self, Case, Stage};
+use duplex_tests::lab::system::NoProgram;
 use duplex_tests::lab::{self, disk::process::program};
 
 #[derive(Debug, Parser)]
@@ -32,10 +34,19 @@ struct Cli {
     one: Option<String>,
 }
 
+/// A case's process ends so when what it checked did not hold.
+const FAILED: u8 = 1;
+/// A case's process ends so when it could not be played.
+const UNABLE: u8 = 3;
+
 /// What became of a case.
 enum Verdict {
     Ok(Duration),
     Fail(String),
+    /// It ran longer than it may: nobody knows what it would have said.
+    Hung(String),
+    /// It could not be played.
+    Unable(String),
     Missing,
 }
 
@@ -74,7 +85,7 @@ fn main() -> ExitCode {
     let mut as_wanted = true;
     for name in &names {
         let verdict = match all.iter().find(|case| case.name == name) {
-            Some(case) => run(case, sabotage).unwrap_or_else(|error| Verdict::Fail(format!("{error:#}"))),
+            Some(case) => run(case, sabotage).unwrap_or_else(|error| Verdict::Unable(format!("{error:#}"))),
             None => Verdict::Missing,
         };
         match verdict {
@@ -85,6 +96,15 @@ fn main() -> ExitCode {
             Verdict::Fail(why) => {
                 println!("{name} FAIL {why}");
                 as_wanted &= cli.sabotage_all;
+            }
+            // Sabotaged too, these prove nothing.
+            Verdict::Hung(why) => {
+                println!("{name} hung {why}");
+                as_wanted = false;
+            }
+            Verdict::Unable(why) => {
+                println!("{name} unable {why}");
+                as_wanted = false;
             }
             Verdict::Missing => {
                 println!("{name} missing");
@@ -116,14 +136,16 @@ fn run(case: &Case, sabotage: bool) -> Result<Verdict> {
         rustix::process::kill_process_group(group, rustix::process::Signal::KILL)?;
         child.wait()?;
         lab::Space::new().context("sweeping after a case that hung")?;
-        return Ok(Verdict::Fail(format!("ran longer than {} s", case.limit_s)));
+        return Ok(Verdict::Hung(format!("ran longer than {} s", case.limit_s)));
     };
     let text = reader.join().map_err(|_| anyhow::anyhow!("the reader panicked"))??;
-    if status.success() {
-        return Ok(Verdict::Ok(start.elapsed()));
-    }
     let why = text.lines().next().map_or_else(|| format!("ended with {status}"), str::to_owned);
-    Ok(Verdict::Fail(why))
+    Ok(match status.code() {
+        Some(0) => Verdict::Ok(start.elapsed()),
+        Some(code) if code == i32::from(FAILED) => Verdict::Fail(why),
+        // A program that is not there, a panic, a signal.
+        Some(_) | None => Verdict::Unable(why),
+    })
 }
 
 /// The child's side: runs the case, prints why it failed in one line, and what a person needs to see on standard error.
@@ -145,5 +167,9 @@ fn play(case: &Case, sabotage: bool) -> ExitCode {
     if let (Ok(()), Err(error)) = (&played, &cleared) {
         println!("the end: {}", format!("{error:#}").replace('\n', " | "));
     }
-    if played.is_ok() && cleared.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    match played.and(cleared) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) if error.is::<NoProgram>() => ExitCode::from(UNABLE),
+        Err(_) => ExitCode::from(FAILED),
+    }
 }

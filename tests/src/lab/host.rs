@@ -19,6 +19,7 @@ use rustix::process::{Pid, Signal, WaitOptions};
 use serde::{Deserialize, Serialize};
 
 use super::disk::process::{Helper, program};
+use super::system::{self, NoProgram};
 use super::{NetNs, wait};
 
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
@@ -44,12 +45,21 @@ enum Order {
 
 #[derive(Debug, Serialize, Deserialize)]
 enum Report {
-    Up { outer_pid: u32 },
-    Spawned { pid: i32 },
+    Up {
+        outer_pid: u32,
+    },
+    Spawned {
+        pid: i32,
+    },
     Running,
-    Ended { code: Option<i32>, signal: Option<i32> },
+    Ended {
+        code: Option<i32>,
+        signal: Option<i32>,
+    },
     Done,
     Processes(Vec<(i32, String)>),
+    /// There is no such program: nothing was started.
+    NoProgram(String),
     Refused(String),
 }
 
@@ -115,10 +125,11 @@ impl Host {
 
     fn tell(&self, order: &Order) -> Result<Report> {
         let report = self.helper.ask(order)?;
-        if let Report::Refused(why) = report {
-            bail!("the init refused {order:?}: {why}");
+        match report {
+            Report::NoProgram(name) => Err(NoProgram(name, system::INSTALL).into()),
+            Report::Refused(why) => bail!("the init refused {order:?}: {why}"),
+            report => Ok(report),
         }
-        Ok(report)
     }
 
     /// Starts a program; both streams go to files. Gives its process id inside.
@@ -288,8 +299,13 @@ fn obey(order: Order, ended: &[(i32, Ended)]) -> Result<Report> {
                 .stdin(Stdio::null())
                 .stdout(append(&output)?)
                 .stderr(append(&errors)?)
-                .spawn()
-                .with_context(|| format!("{program} cannot be started"))?;
+                .spawn();
+            let child = match child {
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                    return Ok(Report::NoProgram(program.clone()));
+                }
+                child => child.with_context(|| format!("{program} cannot be started"))?,
+            };
             Ok(Report::Spawned { pid: i32::try_from(child.id())? })
         }
         Order::Look { pid } => {

@@ -9,6 +9,8 @@ use std::process::Command;
 use anyhow::{Context, Result, bail};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
+use super::system::{INSTALL, NoProgram};
+
 /// A network namespace with `lo` up.
 #[derive(Debug)]
 pub struct NetNs {
@@ -57,11 +59,12 @@ impl NetNs {
     /// Runs a command inside and gives what it printed; fails with its error output.
     pub fn run(&self, words: &[&str]) -> Result<String> {
         let (program, arguments) = words.split_first().context("no program")?;
-        let output = self
-            .command(program)
-            .args(arguments)
-            .output()
-            .with_context(|| format!("{program} cannot be started"))?;
+        let output = match self.command(program).args(arguments).output() {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                return Err(NoProgram((*program).to_owned(), INSTALL).into());
+            }
+            output => output.with_context(|| format!("{program} cannot be started"))?,
+        };
         if output.status.success() {
             return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
         }

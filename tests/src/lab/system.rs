@@ -24,6 +24,16 @@ impl Said {
     }
 }
 
+/// A program that is not there: nothing was tried.
+#[derive(Debug, thiserror::Error)]
+#[error("no program {0}: {1}")]
+pub struct NoProgram(pub String, pub &'static str);
+
+/// How to get a program of the system.
+pub const INSTALL: &str = "`cargo xtask packages` installs what the lab needs";
+/// What `timeout` and shells end with if they do not find a program.
+const NOT_FOUND: i32 = 127;
+
 /// A program that is killed after so long.
 pub fn bounded(words: &[&str], limit: Duration) -> Command {
     let mut command = Command::new("timeout");
@@ -36,6 +46,9 @@ pub fn bounded(words: &[&str], limit: Duration) -> Command {
 pub fn try_run(words: &[&str], limit: Duration) -> Result<Said> {
     let output =
         bounded(words, limit).output().with_context(|| format!("{} cannot be started", words.join(" ")))?;
+    if output.status.code() == Some(NOT_FOUND) {
+        return Err(NoProgram(words[0].to_owned(), INSTALL).into());
+    }
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     Ok(Said { success: output.status.success(), stdout: text(&output.stdout), stderr: text(&output.stderr) })
 }
@@ -56,6 +69,8 @@ mod tests {
         assert_eq!(run(&["sh", "-c", "echo out; echo err >&2"], limit).expect("it ran"), "out\n");
         let error = run(&["sh", "-c", "echo out; echo err >&2; exit 3"], limit).expect_err("it failed");
         assert!(error.to_string().contains("out\nerr"), "{error}");
+        let error = try_run(&["no-such-program"], limit).expect_err("it is not there");
+        assert!(error.is::<NoProgram>(), "{error}");
         assert!(!try_run(&["sleep", "1000"], Duration::from_secs(1)).expect("it ran").success);
     }
 }

@@ -283,7 +283,8 @@ fn cases() -> Result<Count> {
     Ok(count)
 }
 
-/// `NAME ok 1.9 s` · `NAME FAIL why` · `NAME missing`; a held case that is missing has failed.
+/// `NAME ok 1.9 s` · `NAME FAIL why` · `NAME missing` · `NAME hung why` · `NAME unable why`; a held case that is
+/// missing, or has no verdict, has failed.
 fn case_line(text: &str) -> Count {
     let mut words = text.split_whitespace();
     let name = words.next().unwrap_or_default();
@@ -292,7 +293,7 @@ fn case_line(text: &str) -> Count {
     }
     match words.next() {
         Some("ok") => Count::PASSED,
-        Some("FAIL" | "missing") => Count::FAILED,
+        Some("FAIL" | "missing" | "hung" | "unable") => Count::FAILED,
         Some(_) | None => Count::default(),
     }
 }

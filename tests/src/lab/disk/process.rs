@@ -13,14 +13,14 @@ use anyhow::{Context, Result, bail};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use super::super::system::NoProgram;
+
 /// The lab's helper program, beside the running one (or above it, for a test under `deps`).
 pub fn program(name: &str) -> Result<PathBuf> {
     let here = std::env::current_exe()?;
     let found =
         here.ancestors().skip(1).take(2).map(|directory| directory.join(name)).find(|path| path.is_file());
-    found.with_context(|| {
-        format!("no program {name} beside {}: build it with `cargo build --workspace --bins`", here.display())
-    })
+    found.ok_or_else(|| NoProgram(name.to_owned(), "build it with `cargo build --workspace --bins`").into())
 }
 
 /// A running helper. Dropping it closes the socket, waits a little for its end, and kills it if need be.
