@@ -253,6 +253,14 @@ impl Server {
         Ok(())
     }
 
+    /// Kills every process of the machine, boots it as before, and waits until it is primary again.
+    pub fn crash_and_return(&mut self) -> Result<()> {
+        self.kill()?;
+        self.boot(false)?;
+        self.start_daemon()?;
+        self.wait("role=primary", LIMIT)
+    }
+
     /// The same for the end of a case.
     pub fn power_off(&mut self) -> Result<()> {
         self.kill()

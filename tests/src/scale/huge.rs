@@ -5,10 +5,12 @@ use std::time::Instant;
 
 use anyhow::{Result, ensure};
 
-use super::{LONG, MEMORY_BOUND_BYTES, PATIENCE, Written, allocated_bytes, assert_equal, judge_memory, step};
+use super::{
+    LONG, MEMORY_BOUND_BYTES, PATIENCE, Written, allocated_bytes, assert_equal, in_memory, judge_memory, step,
+};
 use crate::lab::nbd::Nbd;
 use crate::lab::pair::{LIMIT, VOLUME};
-use crate::lab::{DiskKind, Pair, PairOptions, Seed};
+use crate::lab::{Pair, Seed};
 
 const VOLUME_BYTES: u64 = 64 << 40;
 /// What metadata and a few thousand chunks of a resync may take on disk: each carries one written block. The whole map
@@ -22,18 +24,7 @@ const WRITES: u64 = 1000;
 /// # Errors
 /// With the bound that was passed.
 pub fn run() -> Result<()> {
-    let options = PairOptions {
-        volume_bytes: VOLUME_BYTES + (4 << 30),
-        disks: [DiskKind::Memory; 2],
-        volume_lines: "size = \"64TiB\"".to_owned(),
-        ..PairOptions::default()
-    };
-    let mut pair = Pair::new(options)?;
-    let done = play(&mut pair);
-    if done.is_err() {
-        eprintln!("{}", pair.report());
-    }
-    done
+    in_memory(VOLUME_BYTES + (4 << 30), "64TiB", play)
 }
 
 fn play(pair: &mut Pair) -> Result<()> {
@@ -71,12 +62,7 @@ fn play(pair: &mut Pair) -> Result<()> {
     step("1,000 writes alone", || written.scatter(&mut nbd, &mut seed, WRITES, 32))?;
     judge_memory("alone", &[&pair.alpha], MEMORY_BOUND_BYTES)?;
     drop(nbd);
-    pair.alpha.kill()?;
-    pair.alpha.boot(false)?;
-    step("start after the crash", || {
-        pair.alpha.start_daemon()?;
-        pair.alpha.wait("role=primary", LIMIT)
-    })?;
+    step("crash and start", || pair.alpha.crash_and_return())?;
     let recovered = pair.alpha.event("recovered")?;
     println!("  {}", recovered["text"].as_str().unwrap_or_default());
     written.verify(&mut Nbd::unix(&pair.alpha.nbd(), VOLUME, PATIENCE)?)?;
@@ -106,27 +92,32 @@ fn write_meanwhile(nbd: &mut Nbd, seed: &mut Seed, written: &mut Written) -> Res
     Ok(longest)
 }
 
-/// Kills the source when some of the copy is durable: it goes on there, not from the start.
+/// Stops the copy when some of it is durable and kills the source: it goes on there, not from the start.
 fn crash_in_copy(pair: &mut Pair) -> Result<()> {
     let all = VOLUME_BYTES / 4096;
-    let before = pair.alpha.wait_status("a part of the copy is proven, or it ended", |status| {
+    pair.alpha.wait_status("a part of the copy is proven, or it ended", |status| {
         let left = status["volumes"][0]["resync"]["left_bytes"].as_u64();
         status["state"] == "mirrored" || left.is_some_and(|left| left / 4096 < all - all / 64)
     })?;
-    if before["state"] == "mirrored" {
-        // A busy machine: the copy ended between two looks.
-        println!("  the copy was too quick to be interrupted");
-        return Ok(());
-    }
-    pair.alpha.kill()?;
-    pair.alpha.boot(false)?;
-    pair.alpha.start_daemon()?;
-    pair.alpha.wait("role=primary", LIMIT)?;
+    pair.alpha.must(&["resync", "pause"])?;
+    let before = pair.alpha.wait_status("the copy to stand still", |status| {
+        status["state"] == "mirrored" || status["volumes"][0]["resync"]["pace"] == "paused"
+    })?;
+    ensure!(
+        before["state"] != "mirrored",
+        "the copy ended before it could be interrupted: it proves nothing"
+    );
+    pair.alpha.crash_and_return()?;
     let recovered = pair.alpha.event("recovered")?;
     let text = recovered["text"].as_str().unwrap_or_default();
     println!("  killed with {} blocks left; {text}", before["volumes"][0]["dirty_blocks"]);
     let left = text.split_whitespace().nth(1).and_then(|word| word.parse::<u64>().ok());
-    ensure!(left.is_some_and(|left| left > 0 && left < all), "the copy begins anew: {text}");
+    let most = all - all / 128;
+    ensure!(left.is_some_and(|left| left > 0 && left < most), "the copy begins anew: {text}");
+    // The target was told of the pause, too, and lived.
+    for server in [&pair.alpha, &pair.beta] {
+        server.must(&["resync", "resume"])?;
+    }
     Ok(())
 }
 

@@ -5,11 +5,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 
-use super::{PATIENCE, Usage, Written, assert_equal, judge_memory, step};
+use super::{PATIENCE, Usage, Written, assert_equal, in_memory, judge_memory, step};
 use crate::lab::nbd::Nbd;
 use crate::lab::pair::{LIMIT, VOLUME, disk_bytes};
 use crate::lab::writer::socket_in;
-use crate::lab::{DiskKind, Pair, PairOptions, Seed, Server};
+use crate::lab::{Pair, Seed, Server};
 
 const VOLUMES: usize = 64;
 const VOLUME_BYTES: u64 = 64 << 20;
@@ -25,18 +25,7 @@ const THREADS_MOST: u64 = 64 * 12;
 /// # Errors
 /// With the bound that was passed.
 pub fn run() -> Result<()> {
-    let options = PairOptions {
-        volume_bytes: VOLUME_BYTES,
-        disks: [DiskKind::Memory; 2],
-        volume_lines: "size = \"64MiB\"".to_owned(),
-        ..PairOptions::default()
-    };
-    let mut pair = Pair::new(options)?;
-    let done = play(&mut pair);
-    if done.is_err() {
-        eprintln!("{}", pair.report());
-    }
-    done
+    in_memory(VOLUME_BYTES, "64MiB", play)
 }
 
 fn play(pair: &mut Pair) -> Result<()> {
@@ -61,12 +50,7 @@ fn play(pair: &mut Pair) -> Result<()> {
     pair.beta.kill()?;
     pair.alpha.wait("alone", LIMIT)?;
     step("writes on each, alone", || write(&pair.alpha, &names, &mut seed, &mut written))?;
-    pair.alpha.kill()?;
-    pair.alpha.boot(false)?;
-    step("start after the crash", || {
-        pair.alpha.start_daemon()?;
-        pair.alpha.wait("role=primary", LIMIT)
-    })?;
+    step("crash and start", || pair.alpha.crash_and_return())?;
     pair.beta.boot(false)?;
     step("resync", || {
         pair.beta.start_daemon()?;

@@ -17,7 +17,7 @@ use rustix::io::Errno;
 
 use crate::lab::copies::DATA_BEGIN_BYTES;
 use crate::lab::nbd::{Ask, Nbd};
-use crate::lab::{Seed, Server};
+use crate::lab::{DiskKind, Pair, PairOptions, Seed, Server};
 
 /// Resident memory that a daemon with one volume may have had at its most (VmHWM: the program's own text counts, too).
 pub const MEMORY_BOUND_BYTES: u64 = 256 << 20;
@@ -34,6 +34,21 @@ pub type Round = (&'static str, fn() -> Result<()>);
 
 /// All of them.
 pub const ROUNDS: [Round; 3] = [("huge", huge::run), ("cold", cold::run), ("many", many::run)];
+
+/// Plays a round on a pair whose disks are sparse files in memory; `size` is the volume's, as the configuration says it.
+fn in_memory(disk_bytes: u64, size: &str, play: fn(&mut Pair) -> Result<()>) -> Result<()> {
+    let mut pair = Pair::new(PairOptions {
+        volume_bytes: disk_bytes,
+        disks: [DiskKind::Memory; 2],
+        volume_lines: format!("size = \"{size}\""),
+        ..PairOptions::default()
+    })?;
+    let done = play(&mut pair);
+    if done.is_err() {
+        eprintln!("{}", pair.report());
+    }
+    done
+}
 
 /// Prints how long a step took.
 pub fn step<T>(what: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
@@ -134,6 +149,11 @@ impl Written {
     /// Only one of `clients` shares of the blocks.
     pub fn of_share(client: u64, clients: u64) -> Written {
         Written { share: Some((client, clients)), ..Written::default() }
+    }
+
+    /// These were acknowledged later: of two writes to one block theirs counts.
+    pub fn overwritten_by(&mut self, later: Written) {
+        self.blocks.extend(later.blocks);
     }
 
     /// Writes so many blocks anywhere, `depth` at a time; all are acknowledged when it returns.
