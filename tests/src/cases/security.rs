@@ -75,6 +75,7 @@ fn stranger(stage: &mut Stage) -> Result<()> {
     let load = client(&pair.alpha, &history, 202)?;
     let mut random = Seed::new(8);
     let garbage: Vec<u8> = (0..4096).map(|_| random.bits() as u8).collect();
+    let before = sessions(pair)?;
     let mut closed = [0; 2];
     for bytes in recorded.iter().chain([&garbage, &Vec::new()]) {
         for (server, host) in [(&pair.alpha, 1), (&pair.beta, 2)] {
@@ -88,6 +89,12 @@ fn stranger(stage: &mut Stage) -> Result<()> {
         finished.broken.is_none() && finished.errors.is_empty(),
         "strangers hurt the client: {finished:?}"
     );
+    // A stranger's connection goes when the kernel has buried it; the pair's own are the same as before.
+    wait::until(
+        &format!("the connections and sessions of before, {before:?}"),
+        Duration::from_secs(20),
+        || Ok((sessions(pair)? == before).then_some(())),
+    )?;
     for (server, closed) in [&pair.alpha, &pair.beta].into_iter().zip(closed) {
         ensure!(server.status_word("/state")? == "mirrored", "{} was disturbed", server.name());
         // One: `activate` before the peer was there.
@@ -100,6 +107,20 @@ fn stranger(stage: &mut Stage) -> Result<()> {
         ensure!(server.events_of("stranger")?.len() < 100, "strangers flood the events of {}", server.name());
     }
     wrong_secret(pair, sabotage)
+}
+
+/// Of each server: its end of every connection of the mirror link, and how many sessions began and ended.
+fn sessions(pair: &Pair) -> Result<Vec<(Vec<String>, [usize; 2])>> {
+    let of = |server: &Server| {
+        let port = format!(":{LINK_PORT}");
+        let table = server.network().run(&["ss", "-Htn", "state", "established"])?;
+        let ends =
+            table.lines().map(|line| line.split_whitespace().skip(2).take(2).collect::<Vec<_>>().join(" "));
+        let mut ends: Vec<String> = ends.filter(|ends| ends.contains(&port)).collect();
+        ends.sort();
+        Ok((ends, [server.events_of("link-up")?.len(), server.events_of("link-lost")?.len()]))
+    };
+    [&pair.alpha, &pair.beta].into_iter().map(of).collect()
 }
 
 /// Sends these bytes to a server's link port; the server must close, and say nothing that depends on them. False where
