@@ -97,12 +97,12 @@ impl Scene {
         typed.push(format!("promote --peer-is-down on {}", survivor.name()));
         verify_client(&survivor.nbd(), VOLUME, &self.history, floor)
             .context("the first reads after the takeover")?;
-        self.write_some(true)?;
+        self.write_some("while the other one is away")?;
         Ok(true)
     }
 
     /// A client writes a little where the primary is.
-    fn write_some(&mut self, other_is_away: bool) -> Result<()> {
+    fn write_some(&mut self, when: &str) -> Result<()> {
         let bits = self.seed.bits();
         let load = Load { requests: Some(REQUESTS), ..Load::everywhere(bits, &*lock(&self.history)?) };
         let is_primary = |server: &Server| {
@@ -112,13 +112,13 @@ impl Scene {
         let primary = primary.context("nobody is primary")?;
         let finished = primary.client(&self.history, load)?.join()?;
         let fine = finished.broken.is_none() && finished.errors.is_empty();
-        ensure!(fine, "writes after the crash (the other one is away: {other_is_away}): {finished:?}");
+        ensure!(fine, "writes after the crash, {when}: {finished:?}");
         Ok(())
     }
 
     /// Both copies are equal, and hold what the history allows.
     fn judge(&mut self) -> Result<()> {
-        self.write_some(false)?;
+        self.write_some("once mirrored again")?;
         self.pair.assert_equal()?;
         let roles = [&self.pair.alpha, &self.pair.beta].map(|server| server.status_word("/role"));
         let primary = match roles {
