@@ -24,6 +24,11 @@ fn main() -> ExitCode {
         eprintln!("duplex-scale: there is no round {name}; there are huge, cold and many");
         return ExitCode::from(2);
     }
+    // The disks are files in memory: a run that is killed must not leave them mounted.
+    if let Err(error) = lab::host::own_mounts() {
+        eprintln!("duplex-scale: {error:#}");
+        return ExitCode::from(2);
+    }
     let mut held = true;
     for (name, run) in scale::ROUNDS {
         if !cli.names.is_empty() && !cli.names.iter().any(|wanted| wanted == name) {

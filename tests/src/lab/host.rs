@@ -125,11 +125,13 @@ impl Host {
 
     fn tell(&self, order: &Order) -> Result<Report> {
         let report = self.helper.ask(order)?;
-        match report {
-            Report::NoProgram(name) => Err(NoProgram(name, system::INSTALL).into()),
-            Report::Refused(why) => bail!("the init refused {order:?}: {why}"),
-            report => Ok(report),
+        if let Report::NoProgram(name) = report {
+            return Err(NoProgram(name, system::INSTALL).into());
         }
+        if let Report::Refused(why) = report {
+            bail!("the init refused {order:?}: {why}");
+        }
+        Ok(report)
     }
 
     /// Starts a program; both streams go to files. Gives its process id inside.
@@ -253,8 +255,19 @@ pub fn init(boot_id: &Path) -> Result<()> {
     Ok(())
 }
 
-/// A mount table of our own that pins nobody else's file system, a /proc of the new PID namespace, our boot id over it.
-fn arrange_mounts(boot_id: &Path) -> Result<()> {
+/// A mount table of its own for this process, which has a single thread: what it mounts goes with it, however it ends.
+///
+/// # Errors
+/// The kernel refuses the namespace.
+pub fn own_mounts() -> Result<()> {
+    // SAFETY: this process has a single thread and shares its mounts with nobody that relies on them.
+    unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNS) }
+        .context("unshare(CLONE_NEWNS)")?;
+    part_mounts()
+}
+
+/// Parts a new mount table from the one that it was copied from, so that it pins nobody else's file system.
+fn part_mounts() -> Result<()> {
     mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)
         .context("mounts made private")?;
     let table = std::fs::read_to_string("/proc/self/mounts")?;
@@ -265,6 +278,12 @@ fn arrange_mounts(boot_id: &Path) -> Result<()> {
             let _ = unmount(point, UnmountFlags::DETACH);
         }
     }
+    Ok(())
+}
+
+/// A mount table of our own, a /proc of the new PID namespace, our boot id over it.
+fn arrange_mounts(boot_id: &Path) -> Result<()> {
+    part_mounts()?;
     mount("proc", "/proc", "proc", MountFlags::empty(), None).context("/proc of the server")?;
     if Path::new("/dev/shm").is_dir() {
         mount("tmpfs", "/dev/shm", "tmpfs", MountFlags::empty(), Some(c"mode=1777"))
