@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
-use super::wait;
+use super::{system, wait};
 
 const LOOP_CTL_GET_FREE: libc::c_ulong = 0x4C82;
 const LOOP_CLR_FD: libc::c_ulong = 0x4C01;
@@ -165,6 +165,22 @@ pub fn detach_below(directory: &Path) {
             && let Ok(device) = File::open(Path::new("/dev").join(name))
         {
             clear(&device);
+        }
+    }
+}
+
+/// Detaches the loop devices that the links in this directory name and whose daemon is dead. The number of one may be
+/// another's by now: only a device whose every read fails, as its file system is dead, goes. One that somebody still has
+/// open goes with its last user.
+pub fn detach_dead(links: &Path) {
+    for link in std::fs::read_dir(links).into_iter().flatten().flatten() {
+        let Ok(device) = std::fs::read_link(link.path()) else { continue };
+        let device = device.display().to_string();
+        let input = format!("if={device}");
+        let read = ["dd", &input, "of=/dev/null", "iflag=direct", "bs=4096", "count=1"];
+        let said = system::try_run(&read, Duration::from_secs(2));
+        if said.is_ok_and(|said| !said.success && said.stderr.contains("Input/output error")) {
+            let _ = system::try_run(&["losetup", "-d", &device], Duration::from_secs(2));
         }
     }
 }

@@ -64,13 +64,7 @@ impl Drop for Server {
     fn drop(&mut self) {
         self.daemon = None;
         drop(self.host.take());
-        let links = std::fs::read_dir(self.run_directory().join("dev"));
-        for link in links.into_iter().flatten().flatten() {
-            if let Ok(device) = std::fs::read_link(link.path()) {
-                // Its file system died with the daemon; one that somebody still has open goes with the last user.
-                let _ = std::process::Command::new("losetup").arg("-d").arg(device).status();
-            }
-        }
+        super::loopdev::detach_dead(&self.run_directory().join("dev"));
     }
 }
 

@@ -2,11 +2,10 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Duration;
 
 use anyhow::{Context, Result};
 
-use super::{loopdev, system};
+use super::loopdev;
 
 const PREFIX: &str = "duplex-lab-";
 
@@ -89,21 +88,10 @@ fn sweep(base: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Detaches the volumes' devices that a dead run's servers still name. The number of one may be another's by now: only
-/// a device whose every read fails, as its file system is dead, goes.
+/// Detaches the volumes' devices that a dead run's servers still name.
 fn detach_dead_volumes(run: &Path) {
     for server in std::fs::read_dir(run).into_iter().flatten().flatten() {
-        let links = std::fs::read_dir(server.path().join("run/dev"));
-        for link in links.into_iter().flatten().flatten() {
-            let Ok(device) = std::fs::read_link(link.path()) else { continue };
-            let device = device.display().to_string();
-            let input = format!("if={device}");
-            let read = ["dd", &input, "of=/dev/null", "iflag=direct", "bs=4096", "count=1"];
-            let said = system::try_run(&read, Duration::from_secs(2));
-            if said.is_ok_and(|said| !said.success && said.stderr.contains("Input/output error")) {
-                let _ = system::try_run(&["losetup", "-d", &device], Duration::from_secs(2));
-            }
-        }
+        loopdev::detach_dead(&server.path().join("run/dev"));
     }
 }
 
