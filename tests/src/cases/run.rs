@@ -1,19 +1,19 @@
 //! RUN: the daemon itself: restarted under load, started with nonsense.
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 
-use anyhow::{Context, Result, anyhow, bail, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use rustix::process::Signal;
 
 use super::wrong_configurations::WRONG;
 use super::{Case, Stage};
+use crate::lab::filesystem::device_of;
 use crate::lab::history::Floor;
 use crate::lab::pair::{LIMIT, VOLUME};
-use crate::lab::{Pair, PairOptions, Seed, Server, wait};
+use crate::lab::{Pair, PairOptions, Seed, Server, system, wait};
 
 pub(super) const CASES: &[Case] = &[
     Case {
@@ -31,14 +31,6 @@ pub(super) const CASES: &[Case] = &[
         limit_s: 240,
     },
 ];
-
-/// Runs a program of the system; fails with what it said.
-fn system(words: &[&str]) -> Result<String> {
-    let output = Command::new(words[0]).args(&words[1..]).output().with_context(|| words[0].to_owned())?;
-    let said =
-        format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-    if output.status.success() { Ok(said) } else { bail!("{}: {}", words.join(" "), said.trim()) }
-}
 
 /// Files written and synced one after the other, each with a content that follows from its number.
 struct Files {
@@ -98,12 +90,6 @@ fn check_files(directory: &Path, written: u64) -> Result<()> {
     Ok(())
 }
 
-fn device_of(server: &Server) -> Result<PathBuf> {
-    let link = server.status_word("/volumes/0/device")?;
-    ensure!(!link.is_empty(), "the status names no device");
-    std::fs::canonicalize(&link).with_context(|| link.clone())
-}
-
 /// The server ends: ask elsewhere, or again later.
 const ESHUTDOWN: u32 = 108;
 
@@ -130,15 +116,6 @@ fn nbd_client_reconnects(stage: &mut Stage) -> Result<()> {
     pair.assert_equal()
 }
 
-fn kill_holder(server: &Server) -> Result<()> {
-    for (pid, words) in server.host()?.processes()? {
-        if words.contains(" holder") {
-            server.host()?.signal(pid, Signal::KILL)?;
-        }
-    }
-    Ok(())
-}
-
 fn restart_under_load(stage: &mut Stage) -> Result<()> {
     let sabotage = stage.sabotage;
     nbd_client_reconnects(stage)?;
@@ -152,8 +129,8 @@ fn restart_under_load(stage: &mut Stage) -> Result<()> {
     std::fs::create_dir(&mount)?;
     let point = mount.display().to_string();
     // Without discards: they would put every extent into use.
-    system(&["mkfs.ext4", "-q", "-E", "nodiscard", &name])?;
-    system(&["mount", &name, &point])?;
+    system::run(&["mkfs.ext4", "-q", "-E", "nodiscard", &name], LIMIT)?;
+    system::run(&["mount", &name, &point], LIMIT)?;
     let files = Files::start(mount.clone());
     let result: Result<()> = (|| {
         files.wait_more(20)?;
@@ -161,7 +138,7 @@ fn restart_under_load(stage: &mut Stage) -> Result<()> {
             if round == 2 {
                 // A holder that ends alone is replaced: the restart that follows loses nothing.
                 let earlier = pair.alpha.events_of("holder-replaced")?.len();
-                kill_holder(&pair.alpha)?;
+                pair.alpha.kill_holder()?;
                 wait::until("another holder", LIMIT, || {
                     Ok((pair.alpha.events_of("holder-replaced")?.len() > earlier).then_some(()))
                 })?;
@@ -173,7 +150,7 @@ fn restart_under_load(stage: &mut Stage) -> Result<()> {
                 pair.alpha.wait_daemon_end()?;
             }
             if sabotage {
-                kill_holder(&pair.alpha)?;
+                pair.alpha.kill_holder()?;
             }
             pair.alpha.start_daemon()?;
             pair.alpha.wait("role=primary", LIMIT)?;
@@ -185,14 +162,14 @@ fn restart_under_load(stage: &mut Stage) -> Result<()> {
     })();
     let written = files.finish();
     let checked = written.as_ref().map_or(Ok(()), |written| check_files(&mount, *written));
-    let unmounted = system(&["umount", &point]);
+    let unmounted = system::run(&["umount", &point], LIMIT);
     // Why the files stopped says more than that they did.
     let written = written.context("over the restarts")?;
     result?;
     Stage::note(&format!("{written} files written and synced over four restarts"));
     checked?;
     unmounted?;
-    system(&["fsck.ext4", "-fn", &name]).context("the file system after four restarts")?;
+    system::run(&["fsck.ext4", "-fn", &name], LIMIT).context("the file system after four restarts")?;
     ensure!(device_of(&pair.alpha)? == device, "the device has another name after the restarts");
     short_resyncs(pair)?;
     hand_over(pair)

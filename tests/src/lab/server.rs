@@ -235,6 +235,16 @@ impl Server {
         self.wait_daemon_end().map(drop)
     }
 
+    /// Kills the holder of the volumes' devices alone.
+    pub fn kill_holder(&self) -> Result<()> {
+        for (pid, words) in self.host()?.processes()? {
+            if words.contains(" holder") {
+                self.host()?.signal(pid, Signal::KILL)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Kills every process of the machine at once, and waits until its disk is free. Nothing written is lost.
     pub fn kill(&mut self) -> Result<()> {
         self.daemon = None;

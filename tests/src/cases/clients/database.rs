@@ -149,11 +149,7 @@ fn database_over_a_dead_daemon(stage: &mut Stage) -> Result<()> {
         for _ in 0..rounds(3) {
             bench.wait_more(200)?;
             if sabotage {
-                for (pid, words) in pair.alpha.host()?.processes()? {
-                    if words.contains(" holder") {
-                        pair.alpha.host()?.signal(pid, rustix::process::Signal::KILL)?;
-                    }
-                }
+                pair.alpha.kill_holder()?;
             }
             pair.alpha.kill_daemon()?;
             pair.alpha.start_daemon()?;
