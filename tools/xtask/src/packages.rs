@@ -61,6 +61,9 @@ const POSTGRESQL_VERSIONS: &str = "/usr/lib/postgresql";
 /// Settings of the cluster that Debian's package makes and starts when it is installed.
 const POSTGRESQL_CLUSTERS: &str = "/etc/postgresql-common/createcluster.d";
 
+/// Our file among them; its first line names the process that made it.
+const NO_CLUSTER: &str = "duplex-tests.conf";
+
 /// What the benchmarks call.
 pub(crate) const BENCH: &[Need] =
     &[need("fio", "fio"), need("qemu-storage-daemon", "qemu-system-common"), need("strace", "strace")];
@@ -92,6 +95,9 @@ pub(crate) fn is_root() -> bool {
 
 /// Installs what is missing (root on a machine with apt), or fails and names every package.
 pub(crate) fn require(needs: &[Need]) -> Result<()> {
+    if is_root() {
+        NoCluster::sweep(Path::new(POSTGRESQL_CLUSTERS));
+    }
     let absent = missing(needs);
     if absent.is_empty() {
         return Ok(());
@@ -126,10 +132,20 @@ impl NoCluster {
         let directory = Path::new(POSTGRESQL_CLUSTERS);
         let made_directory = !directory.is_dir();
         std::fs::create_dir_all(directory)?;
-        let file = directory.join("duplex-tests.conf");
-        std::fs::write(&file, "create_main_cluster = false\n")
+        let file = directory.join(NO_CLUSTER);
+        std::fs::write(&file, format!("# {}\ncreate_main_cluster = false\n", std::process::id()))
             .with_context(|| format!("{} cannot be written", file.display()))?;
         Ok(NoCluster { file, made_directory })
+    }
+
+    /// Removes the file that a killed run left: with it, no installation makes a database any more.
+    fn sweep(directory: &Path) {
+        let file = directory.join(NO_CLUSTER);
+        let Ok(text) = std::fs::read_to_string(&file) else { return };
+        let owner = text.lines().next().and_then(|line| line.strip_prefix("# ")?.parse::<u32>().ok());
+        if owner.is_none_or(|owner| !Path::new("/proc").join(owner.to_string()).exists()) {
+            let _ = std::fs::remove_file(&file);
+        }
     }
 }
 
@@ -165,6 +181,23 @@ fn apt(words: &[&str]) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_dead_runs_file_is_swept_and_a_living_ones_stays() {
+        let directory = std::env::temp_dir().join(format!("duplex-xtask-{}", std::process::id()));
+        std::fs::create_dir_all(&directory).expect("a directory");
+        let file = directory.join(NO_CLUSTER);
+        for (owner, stays) in [(std::process::id(), true), (u32::MAX, false)] {
+            std::fs::write(&file, format!("# {owner}\ncreate_main_cluster = false\n")).expect("written");
+            NoCluster::sweep(&directory);
+            assert_eq!(file.exists(), stays, "{owner}");
+        }
+        // As earlier versions wrote it.
+        std::fs::write(&file, "create_main_cluster = false\n").expect("written");
+        NoCluster::sweep(&directory);
+        assert!(!file.exists());
+        std::fs::remove_dir_all(&directory).expect("removed");
+    }
 
     #[test]
     fn a_program_that_is_nowhere_is_missing_and_named_once() {
