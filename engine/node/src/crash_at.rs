@@ -83,7 +83,7 @@ mod armed {
     /// Where and how to stop.
     #[derive(Clone, PartialEq, Eq, Debug)]
     pub struct CrashAt {
-        /// Where, and the how manieth time, from 1.
+        /// Where, and which time, from 1.
         pub at: Option<(Boundary, u64)>,
         /// How.
         pub how: How,

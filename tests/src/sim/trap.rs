@@ -1,4 +1,4 @@
-//! A crash at a chosen boundary: the how manieth time a server stands there, who dies of it, and how.
+//! A crash at a chosen boundary: which time, from 1, a server stands there, who dies of it, and how.
 
 use std::collections::BTreeMap;
 use std::fmt;

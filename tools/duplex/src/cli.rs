@@ -169,7 +169,7 @@ pub(crate) struct Daemon {
 #[cfg(feature = "crash-at")]
 #[derive(Args, Debug)]
 pub(crate) struct Crash {
-    /// Stop dead at this boundary, the first time or the how manieth; `help` lists all
+    /// Stop dead at this boundary, the first time or @ which time, from 1; `help` lists all
     #[arg(long, value_name = "NAME[@TIMES]")]
     pub(crate) crash_at: Option<String>,
     /// `kill`: kill itself; `stop`: stop itself
