@@ -6,7 +6,8 @@
 //! file allocated in full and never written (a million extents, half a second): so the answer is kept until a
 //! write into it makes it shorter, and the extents are walked once.
 //!
-//! A block device does not say where its holes are: there nothing is known.
+//! A block device does not say where its holes are: there nothing is known. Nor is anything known past the end that the
+//! file has now: somebody may have cut it since it was opened, and what was cut off reads as an error, not as zeroes.
 
 use std::os::fd::BorrowedFd;
 
@@ -23,6 +24,11 @@ pub(crate) struct Holes {
 }
 
 impl Holes {
+    /// Of a backing that was just opened.
+    pub(crate) fn new(is_device: bool) -> Self {
+        Self { known: None, blind: is_device }
+    }
+
     /// How many bytes from `at` on are a hole, at most `length`. `writing`: writes in the kernel's hands, first byte and one
     /// past the last; whatever the file says, those are no hole.
     pub(crate) fn zeroes(
@@ -35,6 +41,7 @@ impl Holes {
         if self.blind || length == 0 {
             return 0;
         }
+        let end = end.min(self.bytes_now(fd));
         let known = self.known.filter(|(first, until)| *first <= at && at < *until);
         let (_, until) = match known {
             Some(known) => known,
@@ -49,7 +56,14 @@ impl Holes {
                 (at, until)
             }
         };
-        (until - at).min(length)
+        until.min(end).saturating_sub(at).min(length)
+    }
+
+    /// The file's size; 0 where it is not told.
+    fn bytes_now(&mut self, fd: BorrowedFd<'_>) -> u64 {
+        let size = rustix::fs::fstat(fd).ok().and_then(|stat| u64::try_from(stat.st_size).ok());
+        self.blind |= size.is_none();
+        size.unwrap_or(0)
     }
 
     /// A write begins.
@@ -63,7 +77,7 @@ impl Holes {
     fn ask(&mut self, fd: BorrowedFd<'_>, at: u64, end: u64) -> u64 {
         match rustix::fs::seek(fd, SeekFrom::Data(at)) {
             Ok(data) => data.max(at),
-            // Nothing but a hole up to the end.
+            // Nothing but a hole up to the end, if that is still behind this place.
             Err(Errno::NXIO) => end.max(at),
             Err(_) => {
                 self.blind = true;
@@ -82,13 +96,45 @@ mod tests {
 
     const MIB: u64 = 1 << 20;
 
+    /// An empty file with no name.
+    fn file_of(name: &str, bytes: u64) -> std::fs::File {
+        let path = std::env::temp_dir().join(format!("duplex-holes-{name}-{}", std::process::id()));
+        let file = std::fs::File::options().write(true).create(true).truncate(true).open(&path).unwrap();
+        file.set_len(bytes).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        file
+    }
+
+    #[test]
+    fn what_was_cut_off_is_no_hole() {
+        let file = file_of("cut", 64 * MIB);
+        let mut asked_before = Holes::default();
+        let ask = |holes: &mut Holes, at: u64| {
+            holes.zeroes(file.as_fd(), (at, 32 * MIB), 64 * MIB, std::iter::empty())
+        };
+        assert_eq!(ask(&mut asked_before, 0), 32 * MIB);
+        file.set_len(4 * MIB).unwrap();
+        let mut asked_after = Holes::default();
+        for holes in [&mut asked_before, &mut asked_after] {
+            assert_eq!(ask(holes, 0), 4 * MIB, "up to the new end");
+            assert_eq!(ask(holes, 4 * MIB), 0, "right at the new end");
+            assert_eq!(ask(holes, 20 * MIB), 0, "past the new end");
+        }
+        file.set_len(64 * MIB).unwrap();
+        assert_eq!(ask(&mut asked_after, 20 * MIB), 32 * MIB, "it is there again");
+    }
+
+    #[test]
+    fn of_a_device_nothing_is_known() {
+        let file = file_of("device", MIB);
+        let mut holes = Holes::new(true);
+        assert_eq!(holes.zeroes(file.as_fd(), (0, MIB), MIB, std::iter::empty()), 0);
+    }
+
     #[test]
     fn a_hole_is_known_until_it_is_written() {
-        let path = std::env::temp_dir().join(format!("duplex-holes-{}", std::process::id()));
-        let file = std::fs::File::options().write(true).create(true).truncate(true).open(&path).unwrap();
-        file.set_len(64 * MIB).unwrap();
+        let file = file_of("written", 64 * MIB);
         file.write_all_at(&[1; 4096], 8 * MIB).unwrap();
-        std::fs::remove_file(&path).unwrap();
         let mut holes = Holes::default();
         let ask = |holes: &mut Holes, at: u64, writing: &[(u64, u64)]| {
             holes.zeroes(file.as_fd(), (at, 32 * MIB), 64 * MIB, writing.iter().copied())

@@ -117,7 +117,8 @@ impl MetaIo {
         let base = self.placement.data_offset_bytes;
         let from = match rustix::fs::seek(part.fd(), rustix::fs::SeekFrom::Data(base + offset_bytes)) {
             Ok(from) => from.saturating_sub(base),
-            Err(Errno::NXIO) => return Ok(None),
+            // Of a file that was cut since it was opened the rest is no hole: reading it says so.
+            Err(Errno::NXIO) if self.backing.current_bytes()? >= base + end => return Ok(None),
             Err(_) => return Ok(Some(all)),
         };
         if from >= end {

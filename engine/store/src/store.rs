@@ -85,6 +85,7 @@ impl Store {
         let no_memory = || StoreError::io(backing.path(), "mapping metadata buffers", Errno::NOMEM);
         let mut pool = Arena::new(META_POOL_BYTES + ZEROES_BYTES).map_err(|_| no_memory())?;
         let zeroes = pool.alloc(ZEROES_BYTES).ok_or_else(no_memory)?;
+        let holes = Holes::new(backing.geometry().is_device);
         Ok(Self {
             owner,
             backing,
@@ -96,7 +97,7 @@ impl Store {
             zeroes,
             punch_refused: false,
             range_refused: false,
-            holes: Holes::default(),
+            holes,
             failure: None,
             closed: false,
         })
