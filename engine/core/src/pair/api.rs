@@ -111,6 +111,9 @@ pub enum Input {
     Operator(OperatorToken, Operator),
     /// The saved blocks asked for by [`Action::SaveBlocks`] are stable, or could not be saved.
     Saved(Result<(), String>),
+    /// The shell ends the volume of a failed copy to open its backing anew: until [`Input::Reopened`] nothing answers
+    /// for it. Clients of a front were sent away before.
+    Gone(VolumeIndex),
     /// The shell opened a volume's backing again; the volume loads anew.
     Reopened(VolumeIndex),
     /// Nothing but time.

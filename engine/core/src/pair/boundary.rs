@@ -86,6 +86,7 @@ impl Server {
             | Input::LinkDown { .. }
             | Input::Operator(..)
             | Input::Saved(_)
+            | Input::Gone(_)
             | Input::Reopened(_)
             | Input::Time => None,
         }

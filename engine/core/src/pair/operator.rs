@@ -42,7 +42,7 @@ pub(super) fn refuse(code: &'static str, text: impl Into<String>) -> Result<Stri
 }
 
 /// ESTALE-like errno told for a copy that the operator detached: no device.
-const ENODEV: i32 = 19;
+pub(super) const ENODEV: i32 = 19;
 
 /// A peer that does not answer a command within this time never will: it lives (else the session would be over), but a
 /// disk or a device there does not let go. The same holds for a drain here. Longer than `stall_ms`, after which such a

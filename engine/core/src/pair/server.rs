@@ -185,6 +185,7 @@ impl Server {
             Input::Message(session, message) => self.on_message(session, message),
             Input::Operator(token, command) => self.on_operator(token, command),
             Input::Saved(result) => self.on_saved(result),
+            Input::Gone(volume) => self.on_gone(volume),
             Input::Reopened(volume) => self.on_reopened(volume),
             Input::Time => {}
         }
@@ -504,6 +505,22 @@ impl Server {
                 ]);
                 self.event_with("unreadable", text, "a read failed at the source of a resync", fields);
             }
+        }
+    }
+
+    /// A disk is being replaced, and nothing answers for the old one any more: nobody waits for it.
+    fn on_gone(&mut self, index: VolumeIndex) {
+        let at = usize::from(index.0);
+        if at >= self.volumes.len() {
+            return;
+        }
+        self.close_session("a disk is being attached");
+        self.volumes[at].gone = true;
+        self.on_my_copy_failed(at, super::operator::ENODEV, None);
+        let owed = |p: &&Pending| p.waits.get(at) == Some(&true);
+        let tags: Vec<u64> = self.pending.iter().filter(owed).map(|p| p.tag).collect();
+        for tag in tags {
+            self.on_recorded(at, tag);
         }
     }
 

@@ -165,3 +165,65 @@ fn a_server_without_a_disk_can_be_demoted_and_gets_its_disk_back() {
     assert_eq!(source, Some(true), "its solo blocks are the newest");
     assert!(!bench.serves(A), "it was demoted, whatever its disk still says");
 }
+
+/// Beta's disk failed, and its volume is ended for a new one, which cannot be opened: whatever it is ordered is lost.
+fn the_failed_disk_is_let_go(bench: &mut Bench) {
+    bench.nodes[B].hold = |_, _| true;
+    bench.input(B, Input::Gone(VolumeIndex(0)));
+    assert!(bench.nodes[B].server.lets_go(VolumeIndex(0)));
+}
+
+#[test]
+fn a_disk_that_could_not_be_attached_keeps_no_session_waiting() {
+    let mut bench = Bench::mirrored(1, Some(A));
+    bench.disk_fails(B, 0);
+    bench.advance(300);
+    the_failed_disk_is_let_go(&mut bench);
+    bench.meet();
+    bench.advance(300);
+    assert_eq!(bench.live(A), LiveState::Alone);
+    let view = bench.nodes[A].server.volume(VolumeIndex(0)).expect("volume 0");
+    assert_eq!(view.peer_copy, Some(CopyState::Failed), "beta says a hello without its disk");
+    // The next attempt finds a disk.
+    bench.nodes[B].held.clear();
+    bench.nodes[B].hold = |_, _| false;
+    bench.nodes[B].disks[0].failed = false;
+    bench.input(B, Input::Reopened(VolumeIndex(0)));
+    bench.load(B);
+    bench.meet();
+    bench.advance(300);
+    assert_eq!(bench.live(A), LiveState::Syncing);
+    assert_eq!(bench.nodes[B].server.state_word(), "syncing");
+}
+
+#[test]
+fn what_waited_for_a_disk_that_is_let_go_goes_on_without_it() {
+    let mut bench = Bench::mirrored(1, Some(A));
+    bench.disk_fails(B, 0);
+    bench.cut();
+    bench.nodes[B].hold = |_, order| matches!(order, Order::TellMarks { .. });
+    bench.meet();
+    bench.advance(100);
+    assert_eq!(bench.nodes[B].held.len(), 1, "the hello waits for the marks");
+    the_failed_disk_is_let_go(&mut bench);
+    bench.meet();
+    bench.advance(1500);
+    assert_eq!(bench.live(A), LiveState::Alone);
+    let view = bench.nodes[A].server.volume(VolumeIndex(0)).expect("volume 0");
+    assert_eq!(view.peer_copy, Some(CopyState::Failed));
+}
+
+#[test]
+fn the_clients_of_a_front_end_before_its_disk_is_let_go() {
+    let mut bench = Bench::mirrored(1, Some(A));
+    bench.disk_fails(A, 0);
+    bench.advance(300);
+    assert_eq!(bench.nodes[A].disks[0].serve, Some(ServeMode::Front));
+    bench.input(A, Input::Gone(VolumeIndex(0)));
+    assert!(!bench.serves(A), "nothing answers for its clients");
+    assert_eq!(bench.live(B), LiveState::Alone);
+    bench.nodes[A].hold = |_, _| true;
+    let token = bench.ask(A, Operator::Down);
+    assert!(bench.answer(A, token).is_some_and(Result::is_ok), "and it can end");
+    assert!(bench.nodes[A].exited);
+}
