@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{FileType, major, minor};
 
 /// Processes named at most: the message is for a human.
-const PROCESSES_MAX: usize = 4;
+pub const PROCESSES_MAX: usize = 4;
 
 /// One user of a backing.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]

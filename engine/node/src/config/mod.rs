@@ -94,6 +94,16 @@ pub enum Metadata {
     Path(PathBuf),
 }
 
+impl Metadata {
+    /// The file or device of its own, where there is one.
+    pub fn path(&self) -> Option<&Path> {
+        match self {
+            Self::Internal => None,
+            Self::Path(path) => Some(path),
+        }
+    }
+}
+
 /// How a volume appears besides NBD.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Frontend {

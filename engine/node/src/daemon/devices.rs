@@ -6,7 +6,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use duplex_core::ids::VolumeIndex;
-use duplex_core::pair::api::Input;
 use duplex_frontend::fuse::{Connection, FuseEnd, FuseMount};
 use duplex_frontend::loopdev::{
     DetachMode, LoopDevice, LoopOptions, is_available, make_device_link, remove_device_link, set_up_device,
@@ -14,11 +13,11 @@ use duplex_frontend::loopdev::{
 use duplex_frontend::nbd::{ListenAddress, Network};
 use tokio::sync::mpsc;
 
+use super::attach::{NotOpened, Opened};
 use super::keeper::Keeper;
 use super::run::Daemon;
-use crate::config::{Config, Frontend, Metadata, Nbd, RunDir};
-use crate::control::api::Answer;
-use crate::volume::{NbdSettings, Settings, VolumeCommand, VolumeHandle, place, spawn};
+use crate::config::{Config, Frontend, Nbd, RunDir};
+use crate::volume::{NbdSettings, VolumeCommand, VolumeHandle};
 
 /// A loop device and the link to it.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -61,6 +60,10 @@ pub(super) enum DeviceEvent {
     Removed(usize, Result<(), String>),
     /// This connection to the holder ended.
     HolderLost(u64),
+    /// The disk that an `attach` wants, or why there is none.
+    Opened(VolumeIndex, Box<Result<Opened, NotOpened>>),
+    /// The old disk's thread, which this `attach` waits for, does not end.
+    ThreadLate(u64),
     /// Another holder was started and keeps so many devices; `None`: none was needed.
     HolderReplaced(u64, Result<Option<usize>, String>),
 }
@@ -75,6 +78,8 @@ pub(super) struct Device {
     exposed: bool,
     /// A predecessor's, whose requests wait until this server's role is known.
     adopted: bool,
+    /// The volume's thread, which ends once there is no device any more.
+    ends: Option<VolumeHandle>,
 }
 
 impl Device {
@@ -85,6 +90,22 @@ impl Device {
             wanted: false,
             exposed: false,
             adopted: false,
+            ends: None,
+        }
+    }
+
+    /// The volume's thread is to end when it has no device.
+    pub(super) fn end_after(&mut self, volume: VolumeHandle) {
+        self.ends = Some(volume);
+        if self.state == DeviceState::None {
+            self.end_now();
+        }
+    }
+
+    /// The thread that was to end does so now.
+    pub(super) fn end_now(&mut self) {
+        if let Some(volume) = self.ends.take() {
+            volume.send(VolumeCommand::Stop);
         }
     }
 
@@ -123,10 +144,10 @@ impl Daemon {
     }
 
     fn step_device(&mut self, at: usize) {
-        let Some(volume) = self.volumes[at].clone() else {
+        let device = &mut self.devices[at];
+        let Some(volume) = device.ends.as_ref().or(self.volumes[at].as_ref()).cloned() else {
             return;
         };
-        let device = &mut self.devices[at];
         let events = self.device_events.clone();
         match (&device.state, device.wanted) {
             (DeviceState::None, true) => {
@@ -183,6 +204,7 @@ impl Daemon {
                 if let Some(volume) = &self.volumes[at] {
                     volume.send(VolumeCommand::FuseEnd);
                 }
+                self.devices[at].end_now();
                 self.note("trouble", format!("no block device, NBD only: {text}"), "device");
             }
             DeviceEvent::HolderLost(connection) => self.replace_holder(connection, false),
@@ -192,8 +214,11 @@ impl Daemon {
                 if let Err(text) = result {
                     self.note("trouble", text, "device");
                 }
+                self.devices[at].end_now();
                 self.step_device(at);
             }
+            DeviceEvent::Opened(index, opened) => self.opened(index, *opened),
+            DeviceEvent::ThreadLate(number) => self.thread_late(number),
         }
     }
 
@@ -392,56 +417,6 @@ impl Daemon {
         }
         let keeper = Arc::clone(&self.keeper);
         let _ = tokio::task::spawn_blocking(move || keeper.stop()).await;
-    }
-
-    /// Takes a (new) backing of a volume into use, after its copy failed or was detached.
-    pub(super) async fn reopen(&mut self, index: VolumeIndex) -> Answer {
-        if self.server.role_word() == "primary" {
-            let text =
-                "this server is primary; the peer must serve while a disk is replaced (`duplex switchover`)";
-            return Answer::refused("is-primary", text);
-        }
-        let at = usize::from(index.0);
-        let volume = self.config.volumes[at].clone();
-        if let Some(old) = self.volumes[at].take() {
-            self.expected_ends += 1;
-            old.send(VolumeCommand::Stop);
-        }
-        let data = volume.backing.of(self.config.me).clone();
-        let metadata = match volume.metadata.of(self.config.me) {
-            Metadata::Internal => None,
-            Metadata::Path(path) => Some(path.clone()),
-        };
-        let opened =
-            tokio::task::spawn_blocking(move || place::open(data, metadata, super::run::CLAIM_WAIT)).await;
-        let placed = match opened {
-            Ok(Ok(placed)) => placed,
-            Ok(Err(error)) => return Answer::refused(error.code(), error.to_string()),
-            Err(error) => return Answer::Failed { text: error.to_string() },
-        };
-        let settings = Settings {
-            name: volume.name.clone(),
-            index,
-            boot_id: self.boot_id,
-            stall: self.config.arbiter.stall,
-            nbd: nbd_settings(&self.config, &self.run_dir, at),
-            events: self.volume_events.clone(),
-        };
-        match spawn(settings, placed) {
-            Ok((handle, thread)) => {
-                super::input::set_pace(&handle, &self.config);
-                self.volumes[at] = Some(handle);
-                self.threads.push(thread);
-                self.feed(Input::Reopened(index));
-                self.note(
-                    "attached",
-                    format!("volume {}: the backing is taken again", volume.name),
-                    "operator",
-                );
-                Answer::ok("attached")
-            }
-            Err(error) => Answer::Failed { text: error.to_string() },
-        }
     }
 
     /// Where clients of a volume connect.

@@ -16,6 +16,20 @@ use crate::failure::Failure;
 use crate::volume::{VolumeCommand, VolumeEvent, VolumeHandle};
 use crate::{clock, crash_at};
 
+/// What a command is where it is no question to the core.
+enum Instead {
+    /// Answered at once.
+    Answer(Answer),
+    /// Answered when the disk is there.
+    Attach(VolumeIndex),
+}
+
+impl From<Answer> for Instead {
+    fn from(answer: Answer) -> Self {
+        Self::Answer(answer)
+    }
+}
+
 /// The pace that the configuration names; operators change it while the daemon runs.
 pub(super) fn set_pace(volume: &VolumeHandle, config: &Config) {
     for pace in
@@ -145,7 +159,10 @@ impl Daemon {
             VolumeEvent::FuseEnded { number, end } => self.fuse_ended(at, number, end),
             VolumeEvent::Corrupt { path, why } => self.corrupt(path, &why),
             VolumeEvent::Trouble(text) => self.note("trouble", text, "a component failed"),
-            VolumeEvent::Ended if self.expected_ends > 0 => self.expected_ends -= 1,
+            VolumeEvent::Ended if self.expected_ends > 0 => {
+                self.expected_ends -= 1;
+                self.thread_ended(at);
+            }
             VolumeEvent::Ended => {
                 let name = &self.config.volumes[at].name;
                 return Err(Failure::failed(format!("the thread of volume {name} ended")));
@@ -154,7 +171,7 @@ impl Daemon {
         Ok(())
     }
 
-    pub(super) async fn on_call(&mut self, call: Call) {
+    pub(super) fn on_call(&mut self, call: Call) {
         let Call { command, caller, reply } = call;
         tracing::info!(uid = caller.uid, pid = caller.pid, verb = command.verb(), "operator");
         if let Some(typed) = command.typed() {
@@ -164,9 +181,10 @@ impl Daemon {
             let _ = tokio::sync::oneshot::Sender::send(reply, answer);
             daemon.publish();
         };
-        let operator = match self.operator(&command).await {
+        let operator = match self.operator(&command) {
             Ok(operator) => operator,
-            Err(answer) => return answer_now(self, answer, reply),
+            Err(Instead::Answer(answer)) => return answer_now(self, answer, reply),
+            Err(Instead::Attach(index)) => return self.attach(index, reply),
         };
         let token = self.token();
         self.answers.insert(token, reply);
@@ -174,8 +192,8 @@ impl Daemon {
         self.let_go();
     }
 
-    /// What the core is asked, or the answer where the core is not asked.
-    async fn operator(&mut self, command: &Command) -> Result<Operator, Answer> {
+    /// What the core is asked, or what is done where the core is not asked.
+    fn operator(&mut self, command: &Command) -> Result<Operator, Instead> {
         match command {
             Command::Activate => Ok(Operator::Activate),
             Command::Promote { mode: PromoteMode::Plain } => Ok(Operator::Promote),
@@ -195,8 +213,8 @@ impl Daemon {
                 self.users_unless(false);
                 Ok(Operator::Down)
             }
-            Command::Connect => Err(self.want_link(true)),
-            Command::Disconnect => Err(self.want_link(false)),
+            Command::Connect => Err(self.want_link(true).into()),
+            Command::Disconnect => Err(self.want_link(false).into()),
             Command::ResyncPause => Ok(Operator::Resync(Pace::Pause)),
             Command::ResyncResume => Ok(Operator::Resync(Pace::Resume)),
             Command::ResyncPriority { priority } => Ok(Operator::Resync(Pace::Priority(*priority))),
@@ -208,23 +226,21 @@ impl Daemon {
                     .iter()
                     .any(|side| self.config.servers.of(*side).name == *target);
                 if !known {
-                    return Err(Answer::Wrong { text: format!("{target} is not a server of this pair") });
+                    let text = format!("{target} is not a server of this pair");
+                    return Err(Answer::Wrong { text }.into());
                 }
                 Ok(Operator::FullCopy { volume: self.volume_named(volume)?, target: target.clone() })
             }
             Command::Resolve { victim } => Ok(Operator::Resolve { victim: victim.clone() }),
             Command::Detach { volume } => Ok(Operator::Detach(self.volume_named(volume)?)),
-            Command::Attach { volume } => {
-                let index = self.volume_named(volume)?;
-                Err(self.attach(index).await)
-            }
+            Command::Attach { volume } => Err(Instead::Attach(self.volume_named(volume)?)),
             Command::Explain { volume } => {
                 let index = volume.as_deref().map(|name| self.volume_named(name)).transpose()?;
-                Err(self.explain(index))
+                Err(self.explain(index).into())
             }
             Command::Dump { volume } => {
                 let index = self.volume_named(volume)?;
-                Err(self.dump(index))
+                Err(self.dump(index).into())
             }
         }
     }
@@ -232,11 +248,8 @@ impl Daemon {
     /// Ends the threads of detached volumes: their backings are free for `duplex create`.
     fn let_go(&mut self) {
         for at in 0..self.volumes.len() {
-            if self.server.lets_go(super::page::index(at))
-                && let Some(volume) = self.volumes[at].take()
-            {
-                self.expected_ends += 1;
-                volume.send(VolumeCommand::Stop);
+            if self.server.lets_go(super::page::index(at)) {
+                self.end_thread(at);
             }
         }
     }

@@ -2,10 +2,11 @@
 //! socket, the devices.
 //!
 //! Rooms: `run` (start, the main loop, signals), `input` (what comes in becomes the core's input), `output`
-//! (the core's actions are carried out), `devices` (FUSE and loop devices of the volumes), `keeper` (what
+//! (the core's actions are carried out), `attach` (disks that are replaced), `devices` (FUSE and loop devices of the volumes), `keeper` (what
 //! outlives this process), `page` (the status
 //! page), `identity` (boot id, incarnation, seeds).
 
+mod attach;
 mod devices;
 mod identity;
 mod input;

@@ -10,7 +10,6 @@ use duplex_core::pair::api::{Action, Input};
 use duplex_core::time::Instant;
 
 use super::run::Daemon;
-use crate::config::Config;
 use crate::control::api::{Answer, Direction, Explanation};
 use crate::crash_at;
 use crate::volume::VolumeCommand;
@@ -104,40 +103,6 @@ impl Daemon {
         while let Some(input) = self.inputs.pop_front() {
             self.server.handle(crate::clock::now(), input);
         }
-    }
-
-    pub(super) async fn attach(&mut self, index: VolumeIndex) -> Answer {
-        let failed = self.server.volume(index).is_some_and(|v| v.failed.is_some() || v.unusable.is_some());
-        if !failed {
-            let text = "the volume's copy is in use and not failed; `duplex detach` it first";
-            return Answer::refused("not-detached", text);
-        }
-        if let Err(answer) = self.read_backing_again(usize::from(index.0)).await {
-            return answer;
-        }
-        self.reopen(index).await
-    }
-
-    /// A new disk may have a new path: the configuration says where it is now. Everything else in the file
-    /// counts at the next start.
-    async fn read_backing_again(&mut self, at: usize) -> Result<(), Answer> {
-        let file = self.config.file.clone();
-        let me = self.config.my_server().name.0.clone();
-        let read = tokio::task::spawn_blocking(move || Config::load(&file, Some(&me))).await;
-        let fresh = match read {
-            Ok(Ok(fresh)) => fresh,
-            Ok(Err(problems)) => return Err(Answer::refused("configuration", problems.to_string())),
-            Err(error) => return Err(Answer::Failed { text: error.to_string() }),
-        };
-        let name = &self.config.volumes[at].name;
-        let Some(volume) = fresh.volumes.into_iter().find(|volume| volume.name == *name) else {
-            let text = format!("{} no longer has a volume {name}", fresh.file.display());
-            return Err(Answer::refused("configuration", text));
-        };
-        let mine = &mut self.config.volumes[at];
-        mine.backing = volume.backing;
-        mine.metadata = volume.metadata;
-        Ok(())
     }
 
     /// What would be copied where, by which rule, and what would be lost.

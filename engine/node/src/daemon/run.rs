@@ -17,6 +17,7 @@ use duplex_link::{Encryption, Link, LinkConfig, LinkEvent, LinkHandle, PathConfi
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, oneshot, watch};
 
+use super::attach::Attaching;
 use super::devices::{Device, DeviceEvent};
 use super::keeper::Keeper;
 use super::page::Rate;
@@ -74,6 +75,9 @@ pub(super) struct Daemon {
     pub(super) boot_id: duplex_core::ids::BootId,
     /// Threads that were told to end while the daemon goes on.
     pub(super) expected_ends: usize,
+    pub(super) attaching: Option<Attaching>,
+    /// How many there were.
+    pub(super) attaches: u64,
     pub(super) session: Option<SessionId>,
     pub(super) last_heard: Option<Instant>,
     pub(super) events: EventLog,
@@ -151,6 +155,8 @@ async fn run_here(options: &Options, stored: Vec<(String, OwnedFd)>) -> Result<(
         link_refusal: None,
         boot_id,
         expected_ends: 0,
+        attaching: None,
+        attaches: 0,
         session: None,
         last_heard: None,
         events: events.clone(),
@@ -319,7 +325,7 @@ impl Daemon {
                 },
                 Some((index, event)) = sources.volumes.recv() => self.on_volume(index, event)?,
                 Some(event) = sources.devices.recv() => self.on_device(event),
-                Some(call) = sources.commands.recv() => self.on_call(call).await,
+                Some(call) = sources.commands.recv() => self.on_call(call),
                 _ = terminate.recv() => self.on_signal("SIGTERM"),
                 _ = interrupt.recv() => self.on_signal("SIGINT"),
                 () = tokio::time::sleep(wait) => self.feed(Input::Time),
@@ -397,6 +403,11 @@ impl Daemon {
         for volume in self.volumes.iter().flatten() {
             volume.send(VolumeCommand::Stop);
         }
+        for device in &mut self.devices {
+            device.end_now();
+        }
+        // An `attach` that still waits is told that the daemon stops.
+        self.attaching = None;
         let threads = std::mem::take(&mut self.threads);
         let joined = tokio::task::spawn_blocking(move || {
             for thread in threads {

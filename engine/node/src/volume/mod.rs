@@ -83,7 +83,7 @@ pub enum VolumeEvent {
     },
     /// A component failed in a way the control plane should tell the operator.
     Trouble(String),
-    /// The thread ended.
+    /// The thread ended, and holds nothing any more.
     Ended,
 }
 

@@ -6,6 +6,7 @@ use std::time::Duration;
 use duplex_core::format::placement::{LOG_SLOTS, MetaPlacement};
 use duplex_core::format::superblock::{self, Superblock, SuperblockError};
 use duplex_core::limits::{DATA_OFFSET_BYTES, SIZE_ALIGN_BYTES};
+use duplex_store::usage::{PROCESSES_MAX, Use};
 use duplex_store::{Access, Backing, BackingConfig, MetaIo, Placement, StoreError};
 
 /// Bytes of both superblocks.
@@ -60,6 +61,18 @@ impl PlaceError {
             Self::WrongSize { .. } => "wrong-size",
             Self::TooSmall { .. } => "too-small",
         }
+    }
+
+    /// This very process holds the backing, as far as can be seen.
+    pub fn is_held_here(&self) -> bool {
+        let Self::Store(StoreError::InUse { by, .. }) = self else {
+            return false;
+        };
+        let own = std::process::id();
+        // Where nobody is seen, or as many as are looked for, it may be this process.
+        let here = |one: &Use| matches!(one, Use::Process { pid, .. } if *pid == own);
+        let only_processes = by.iter().all(|one| matches!(one, Use::Process { .. }));
+        only_processes && (by.is_empty() || by.len() >= PROCESSES_MAX || by.iter().any(here))
     }
 }
 

@@ -135,6 +135,7 @@ pub fn spawn(settings: Settings, placed: Placed) -> Result<(VolumeHandle, JoinHa
     };
     let name = settings.name.clone();
     // Frontends are made on the thread they live on.
+    let (index, events) = (settings.index, settings.events.clone());
     let begin = move || {
         VolumeLoop {
             frontends: Frontends::new(&settings.name),
@@ -158,6 +159,8 @@ pub fn spawn(settings: Settings, placed: Placed) -> Result<(VolumeHandle, JoinHa
             stopping: None,
         }
         .run();
+        // Everything it held is free now. A closed queue means that the process ends.
+        let _ = events.blocking_send((index, VolumeEvent::Ended));
     };
     let thread = std::thread::Builder::new()
         .name(format!("volume-{name}"))
@@ -190,7 +193,6 @@ impl VolumeLoop {
             }
             self.completions = completions;
         }
-        self.tell(VolumeEvent::Ended);
     }
 
     fn tell(&self, event: VolumeEvent) {
