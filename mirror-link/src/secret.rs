@@ -8,8 +8,8 @@ use sha2::{Digest, Sha256};
 
 use duplex_core::ids::{Incarnation, SessionId};
 
-/// Shortest secret taken. `duplex secret` makes 32 random bytes.
-pub const SECRET_MIN_BYTES: usize = 16;
+/// Shortest secret taken: a shorter one could be guessed. `duplex secret` makes 64 random hex digits.
+pub const SECRET_MIN_BYTES: usize = 32;
 /// Longest secret taken.
 pub const SECRET_MAX_BYTES: usize = 1024;
 /// Bytes of a proof.
@@ -30,7 +30,7 @@ pub struct SecretLengthError {
 }
 
 impl Secret {
-    /// Takes 16 to 1024 bytes.
+    /// Takes 32 to 1024 bytes.
     pub fn new(bytes: &[u8]) -> Result<Self, SecretLengthError> {
         if (SECRET_MIN_BYTES..=SECRET_MAX_BYTES).contains(&bytes.len()) {
             Ok(Self(bytes.to_vec()))

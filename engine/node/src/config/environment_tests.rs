@@ -166,3 +166,20 @@ fn secrets_are_made_once_and_are_private() {
         .expect("fifo");
     assert!(matches!(secret::read(&place.path("fifo")), Err(secret::SecretError::Content { .. })));
 }
+
+#[test]
+fn check_takes_the_secrets_that_the_daemon_takes() {
+    let place = Place::new();
+    for (count, taken) in [(16, false), (31, false), (32, true), (1024, true), (1025, false), (4096, false)] {
+        let path = place.path(&format!("of-{count}"));
+        let text = "s".repeat(count);
+        std::fs::write(&path, format!("{text}\n")).expect("written");
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).expect("mode");
+        assert_eq!(secret::read(&path).is_ok(), taken, "{count} characters, by `check`");
+        assert_eq!(
+            duplex_link::Secret::new(text.as_bytes()).is_ok(),
+            taken,
+            "{count} characters, by the link"
+        );
+    }
+}

@@ -5,11 +5,11 @@ use std::io::{Read, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use duplex_link::{SECRET_MAX_BYTES, SECRET_MIN_BYTES};
+
 /// Random bytes of a new secret; the file holds them as hex digits.
 const SECRET_BYTES: usize = 32;
-/// A shorter secret could be guessed.
-const SECRET_MIN_CHARS: usize = 32;
-/// A longer file is not a secret.
+/// A longer file is not a secret: nobody reads on.
 const FILE_MAX_BYTES: u64 = 4096;
 
 /// Why a secret cannot be made or used. Never shows any of it.
@@ -137,8 +137,12 @@ pub fn read(path: &Path) -> Result<Vec<u8>, SecretError> {
         return Err(content(format!("is larger than {FILE_MAX_BYTES} bytes")));
     }
     let trimmed = bytes.trim_ascii();
-    if trimmed.len() < SECRET_MIN_CHARS {
-        return Err(content(format!("has {} characters, {SECRET_MIN_CHARS} are needed", trimmed.len())));
+    // What the link takes.
+    if !(SECRET_MIN_BYTES..=SECRET_MAX_BYTES).contains(&trimmed.len()) {
+        let count = trimmed.len();
+        return Err(content(format!(
+            "has {count} characters, {SECRET_MIN_BYTES} to {SECRET_MAX_BYTES} are taken"
+        )));
     }
     Ok(trimmed.to_vec())
 }
