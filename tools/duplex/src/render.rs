@@ -1,7 +1,8 @@
 //! Pages for people: compact and aligned.
 
 use duplex_node::control::status::{
-    CopyState, LinkPath, PathState, RangeStatus, ResyncStatus, Role, State, Status, VolumeStatus,
+    CopyState, LinkPath, PathState, RangeStatus, ResyncStatus, Role, SessionRefusal, State, Status,
+    VolumeStatus,
 };
 use duplex_node::events::EventRecord;
 
@@ -27,14 +28,7 @@ pub(crate) fn status(page: &Status, paint: Paint) -> String {
         field("frozen", paint.ink(Ink::Bad, format!("since {}: {}", frozen.since, frozen.reason)));
     }
     if let Some(refusal) = &page.refusal {
-        let value = |value: &Option<String>| value.clone().unwrap_or_else(|| "-".to_owned());
-        let text = format!(
-            "{} by {}: mine {}, theirs {}",
-            refusal.code,
-            value(&refusal.rule),
-            value(&refusal.mine),
-            value(&refusal.theirs)
-        );
+        let text = refused(refusal);
         field("refused", paint.ink(Ink::Bad, text));
     }
     field("peer", peer(page, paint));
@@ -44,6 +38,17 @@ pub(crate) fn status(page: &Status, paint: Paint) -> String {
     }
     lines.extend(volumes(&page.volumes, paint));
     lines.join("\n")
+}
+
+/// Code and rule, and both values where there is one that can be shown (of a secret there is none).
+fn refused(refusal: &SessionRefusal) -> String {
+    let shown = |value: &Option<String>| value.clone().filter(|value| !value.is_empty());
+    let or_dash = |value: Option<String>| value.unwrap_or_else(|| "-".to_owned());
+    let text = format!("{} by {}", refusal.code, or_dash(shown(&refusal.rule)));
+    match (shown(&refusal.mine), shown(&refusal.theirs)) {
+        (None, None) => text,
+        (mine, theirs) => format!("{text}: mine {}, theirs {}", or_dash(mine), or_dash(theirs)),
+    }
 }
 
 fn peer(page: &Status, paint: Paint) -> String {
@@ -253,6 +258,18 @@ mod tests {
         assert_eq!(duration(90_000), "1 d 1 h");
         assert_eq!(millis(41), "41 ms");
         assert_eq!(millis(61_000), "1 min 01 s");
+    }
+
+    #[test]
+    fn a_refusal_shows_the_values_there_are() {
+        let some = |value: &str| Some(value.to_owned());
+        let refusal = |mine: Option<String>, theirs: Option<String>| {
+            refused(&SessionRefusal { code: "secret".to_owned(), rule: some("link"), mine, theirs })
+        };
+        assert_eq!(refusal(None, None), "secret by link");
+        assert_eq!(refusal(some(""), some("")), "secret by link");
+        assert_eq!(refusal(some(""), some("b")), "secret by link: mine -, theirs b");
+        assert_eq!(refusal(some("a"), None), "secret by link: mine a, theirs -");
     }
 
     #[test]
