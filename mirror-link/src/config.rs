@@ -8,6 +8,9 @@ use duplex_core::ids::{BootId, Incarnation, ServerName};
 use crate::frame::FRAME_MAX_BYTES;
 use crate::secret::Secrets;
 
+/// A connection or session that lived so long was a good one: the next pause is short again.
+pub(crate) const GOOD_AFTER: Duration = Duration::from_secs(1);
+
 /// Is the link encrypted? Both servers must say the same.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Encryption {

@@ -7,16 +7,13 @@ use duplex_core::ids::{SessionId, VolumeIndex};
 use tokio::sync::{Semaphore, mpsc};
 use tokio::time::Instant;
 
-use crate::config::Timers;
+use crate::config::{GOOD_AFTER, Timers};
 use crate::dialler::Backoff;
 use crate::handshake::{HandshakeError, Purpose, Refusal, Shared, dial};
 use crate::link::DataConnection;
 use crate::listener::data_connection;
 use crate::manager::Input;
 use crate::path::PathCounters;
-
-/// A connection that lived so long was a good one: the next pause is short again.
-const GOOD_AFTER: Duration = Duration::from_secs(1);
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum State {

@@ -8,14 +8,11 @@ use duplex_core::ids::SessionId;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep};
 
-use crate::config::Timers;
+use crate::config::{GOOD_AFTER, Timers};
 use crate::handshake::{HandshakeError, Purpose, Shared, dial};
 use crate::manager::{Input, next_connection};
 use crate::path::{ControlConnection, Outbox, PathCounters};
 use crate::stream::StreamError;
-
-/// A connection that lived so long was a good one: the next pause is short again.
-const GOOD_AFTER: Duration = Duration::from_secs(1);
 
 /// Pauses between attempts: doubling, with jitter so that two paths or servers do not keep in step.
 #[derive(Clone, Copy, Debug)]

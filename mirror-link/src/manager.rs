@@ -12,6 +12,7 @@ use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, MissedTickBehavior, interval};
 
+use crate::config::GOOD_AFTER;
 use crate::control::{ControlWord, LinkWord, encode_control, encode_link};
 use crate::data_dial::{Dialled, VolumeConnections, dial_volume};
 use crate::dialler::{Backoff, reason};
@@ -28,8 +29,6 @@ use crate::stream::StreamError;
 const TICK: Duration = Duration::from_millis(20);
 /// For the answer to a proposed session.
 const PROPOSAL_TIMEOUT: Duration = Duration::from_secs(1);
-/// A session that lived so long was a good one: the next pause is short again.
-const GOOD_AFTER: Duration = Duration::from_secs(1);
 /// Data connections being dialled at once.
 const DIALS_MAX: usize = 4;
 

@@ -175,8 +175,9 @@ fn lock(path: &Path) -> Result<File, HolderError> {
 fn listen_at(path: &Path) -> io::Result<OwnedFd> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let listener = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
+    // The mode is set before the name exists: nobody else can slip in between.
+    rustix::fs::fchmod(&listener, rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR)?;
     bind(&listener, &SocketAddrUnix::new(path)?)?;
-    rustix::fs::chmod(path, rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR)?;
     listen(&listener, CLIENTS_MAX as i32)?;
     Ok(listener)
 }

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use duplex_store::{Access, BackingConfig, MetaIo, StoreError, probe};
 
-use crate::config::{Config, Metadata, Volume};
+use crate::config::{Config, Volume};
 use crate::failure::Failure;
 
 pub use compare::{Comparison, compare_data};
@@ -41,10 +41,7 @@ pub fn create(
     progress: Progress<'_>,
 ) -> Result<String, Failure> {
     let path = volume.backing.of(config.me);
-    let own_metadata = match volume.metadata.of(config.me) {
-        Metadata::Internal => None,
-        Metadata::Path(path) => Some(path.clone()),
-    };
+    let own_metadata = volume.metadata.of(config.me).path();
     if area == DataArea::Keep && own_metadata.is_none() {
         return Err(Failure::wrong(format!(
             "--keep-data needs the metadata elsewhere: internal metadata would overwrite {}; write \
@@ -65,7 +62,7 @@ pub fn create(
             )));
         }
     }
-    metadata::write_blank(io.into_backing(), own_metadata.as_deref(), volume, progress)
+    metadata::write_blank(io.into_backing(), own_metadata, volume, progress)
 }
 
 /// The metadata of a volume of a stopped server, as text and for programs.
@@ -73,10 +70,7 @@ pub fn create(
 /// # Errors
 /// The backing cannot be read, or holds no metadata.
 pub fn dump(config: &Config, volume: &Volume) -> Result<(String, serde_json::Value), Failure> {
-    let metadata = match volume.metadata.of(config.me) {
-        Metadata::Internal => None,
-        Metadata::Path(path) => Some(path.as_path()),
-    };
+    let metadata = volume.metadata.of(config.me).path();
     let copy = metadata::OfflineCopy::open(volume.backing.of(config.me), metadata, Access::ReadShared)?;
     let superblock = &copy.superblock;
     let (text, data) = describe(&superblock.copy, Some(&superblock.server), copy.dirty_blocks());

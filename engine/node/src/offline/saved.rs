@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Saved;
 use super::metadata::OfflineCopy;
-use crate::config::{Config, Metadata, Volume};
+use crate::config::{Config, Volume};
 use crate::control::status::Time;
 use crate::failure::Failure;
 
@@ -55,10 +55,7 @@ pub fn save_marked(config: &Config, volumes: &[Volume]) -> Result<Vec<PathBuf>, 
 }
 
 fn save_volume(config: &Config, volume: &Volume) -> Result<Option<PathBuf>, Failure> {
-    let metadata = match volume.metadata.of(config.me) {
-        Metadata::Internal => None,
-        Metadata::Path(path) => Some(path.as_path()),
-    };
+    let metadata = volume.metadata.of(config.me).path();
     let mut copy = OfflineCopy::open(volume.backing.of(config.me), metadata, Access::ReadShared)?;
     if copy.dirty_blocks() == 0 {
         return Ok(None);
