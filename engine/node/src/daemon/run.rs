@@ -23,7 +23,7 @@ use super::keeper::Keeper;
 use super::page::Rate;
 use super::{Options, identity};
 use crate::config::environment::{self, Purpose};
-use crate::config::{Config, Metadata, Problems, RunDir, Severity, secret};
+use crate::config::{Config, Problems, RunDir, Severity, secret};
 use crate::control::api::Answer;
 use crate::control::server::{Backend, Call, bind, serve};
 use crate::control::status::{SessionRefusal, Status};
@@ -242,10 +242,7 @@ async fn open_volumes(
     let mut opening = Vec::new();
     for volume in &config.volumes {
         let data = volume.backing.of(config.me).clone();
-        let metadata = match volume.metadata.of(config.me) {
-            Metadata::Internal => None,
-            Metadata::Path(path) => Some(path.clone()),
-        };
+        let metadata = volume.metadata.of(config.me).path().map(std::path::Path::to_owned);
         opening.push(tokio::task::spawn_blocking(move || {
             crash_at::reached(|| Some(Boundary::G11BeforeClaim));
             let placed = place::open(data, metadata, CLAIM_WAIT);
