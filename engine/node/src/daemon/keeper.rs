@@ -176,17 +176,17 @@ impl Keeper {
         let mut inner = self.lock();
         inner.stopped = true;
         inner.kept.clear();
-        match self.connected(&mut inner) {
-            Ok(true) => {
-                if let Some(client) = inner.client.take()
-                    && let Err(error) = client.stop()
-                {
-                    tracing::warn!("{error}");
-                }
-                if let Some(mut child) = inner.child.take() {
-                    // It was told to end and has nothing to wait for.
-                    let _ = child.wait();
-                }
+        let told = match self.connected(&mut inner) {
+            Ok(_) => inner.client.take().map_or(Ok(false), |client| client.stop().map(|()| true)),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = &told {
+            tracing::warn!("{error}");
+        }
+        if let Some(mut child) = inner.child.take() {
+            if !matches!(told, Ok(true)) {
+                // It does not hear: nobody waits for it.
+                let _ = child.kill();
             }
             Ok(false) => {}
             Err(error) => tracing::warn!("{error}"),
