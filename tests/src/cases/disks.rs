@@ -82,7 +82,34 @@ fn primarys_disk_fails(stage: &mut Stage) -> Result<()> {
         crate::lab::writer::verify_backing(pair.beta.disk().path(), &history, Floor::Acknowledged)
             .context("the peer's copy lacks what was acknowledged")?;
     }
+    users_of_a_front(stage)?;
     nobody_left(stage)
+}
+
+/// A front whose device is used keeps its users: `attach` is refused until they are gone, then the disk comes back.
+fn users_of_a_front(stage: &mut Stage) -> Result<()> {
+    let (pair, history) = stage.mirrored(PairOptions { frontend: "fuse", ..faulty() })?;
+    let device = crate::lab::filesystem::device_of(&pair.alpha)?.display().to_string();
+    let out = pair.directory().join("user.log");
+    let words = ["sh", "-c", "exec <$0; echo open; exec sleep 1000", &device].map(str::to_owned);
+    pair.alpha.faulty()?.fail(Fault::all(Operation::Write))?;
+    write_some(&pair.alpha, &history, 105, 50)?;
+    pair.alpha.event("front")?;
+    let user = pair.alpha.host()?.spawn(&words, &out, &out)?;
+    wait::until("the device to be open", LIMIT, || {
+        Ok(std::fs::read_to_string(&out)?.contains("open").then_some(()))
+    })?;
+    says(&pair.alpha.refused(&["attach", VOLUME], 1)?, &["in use", "sleep"])?;
+    write_some(&pair.alpha, &history, 106, 50).context("after the refusal")?;
+    pair.alpha.host()?.signal(user, rustix::process::Signal::KILL)?;
+    pair.alpha.host()?.wait(user, LIMIT)?;
+    pair.alpha.faulty()?.heal()?;
+    pair.alpha.must(&["attach", VOLUME])?;
+    pair.wait_mirrored()?;
+    verify(&pair.beta, &history, Floor::Acknowledged)?;
+    pair.alpha.must(&["promote"])?;
+    crate::lab::filesystem::device_of(&pair.alpha).context("it has a device again")?;
+    verify(&pair.alpha, &history, Floor::Acknowledged)
 }
 
 /// With the peer gone before, nobody can serve: the client is told so, and does not wait for ever.

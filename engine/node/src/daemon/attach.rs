@@ -86,7 +86,7 @@ impl Daemon {
     }
 
     /// Whether the state lets a disk be replaced; asked again after every wait.
-    fn may_attach(&mut self, index: VolumeIndex) -> Result<(), Answer> {
+    fn may_attach(&self, index: VolumeIndex) -> Result<(), Answer> {
         if self.exiting || self.server.state_word() == "down" {
             return Err(Answer::Stopping { text: "the daemon is stopping".to_owned() });
         }
@@ -99,6 +99,11 @@ impl Daemon {
             let text =
                 "this server is primary; the peer must serve while a disk is replaced (`duplex switchover`)";
             return Err(Answer::refused("is-primary", text));
+        }
+        // A front's clients, whom the peer's copy serves, end with the session.
+        if let Some(by) = self.users() {
+            let text = format!("the device is in use: {by}; unmount it first");
+            return Err(Answer::refused("in-use", text));
         }
         Ok(())
     }

@@ -382,7 +382,7 @@ impl Daemon {
                 }
             }
         }
-        self.server.set_in_use((!users.is_empty()).then(|| users.join(", ")));
+        (!users.is_empty()).then(|| users.join(", "))
     }
 
     pub(super) fn users_unless(&mut self, force: bool) {
@@ -412,6 +412,11 @@ impl Daemon {
                 }
             }
         };
+        let users = self.users();
+        self.server.set_in_use(users);
+    }
+
+    pub(super) fn users(&self) -> Option<String> {
         if tokio::time::timeout(END_WAIT, gone).await.is_err() {
             tracing::warn!("a device is still in use: it ends with this process, its users get EIO");
         }
