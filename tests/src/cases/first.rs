@@ -5,10 +5,11 @@ use std::sync::{Arc, Mutex};
 use anyhow::{Context, Result, ensure};
 
 use super::{Case, Stage, cheap, client, differing, history_of, number, says, spoil, verify, write_some};
+use crate::lab::disk::Operation;
 use crate::lab::history::{BLOCK_BYTES, Floor};
 use crate::lab::pair::{LIMIT, VOLUME, field};
 use crate::lab::writer::{Shared, lock};
-use crate::lab::{Pair, PairOptions, Server, wait};
+use crate::lab::{DiskKind, Pair, PairOptions, Server, wait};
 
 pub(super) const CASES: &[Case] = &[
     Case {
@@ -140,7 +141,8 @@ fn own_generation(server: &Server) -> Result<String> {
 
 fn both_active(stage: &mut Stage) -> Result<()> {
     let sabotage = stage.sabotage;
-    let (pair, history) = stage.mirrored(PairOptions::default())?;
+    let disks = [DiskKind::Loop, DiskKind::Faulty];
+    let (pair, history) = stage.mirrored(PairOptions { disks, ..PairOptions::default() })?;
     write_some(&pair.alpha, &history, 6, 300)?;
     pair.cut(0)?;
     pair.alpha.wait("alone", LIMIT)?;
@@ -210,7 +212,15 @@ fn blocks_of(server: &Server, size: u64, blocks: &[u64]) -> Result<Vec<(u64, Vec
 fn resolve(pair: &mut Pair, history: &Shared, lost: &[(u64, Vec<u8>)]) -> Result<()> {
     pair.beta.refused(&["resolve", "--victim", "beta"], 1).context("the victim is still primary")?;
     pair.beta.must(&["demote"])?;
+    // Saving, block by block, takes longer than the peer's patience: the victim is heard meanwhile.
+    let links = pair.alpha.events_of("link-lost")?.len();
+    pair.beta.faulty()?.delay(Operation::Read, 15)?;
     pair.alpha.must(&["resolve", "--victim", "beta"])?;
+    ensure!(
+        pair.alpha.events_of("link-lost")?.len() == links,
+        "the victim was lost while it saved its blocks"
+    );
+    pair.beta.faulty()?.heal()?;
     pair.wait_mirrored()?;
     ensure!(pair.beta.status_word("/role")? == "secondary", "the victim is not secondary");
     verify(&pair.alpha, history, Floor::Acknowledged)?;

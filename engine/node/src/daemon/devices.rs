@@ -68,6 +68,8 @@ pub(super) enum DeviceEvent {
     HolderReplaced(u64, Result<Option<usize>, String>),
 }
 
+    /// The marked blocks are in these files, or could not be saved.
+    Saved(Result<Vec<PathBuf>, String>),
 /// The device of one volume.
 #[derive(Debug)]
 pub(super) struct Device {
@@ -224,6 +226,7 @@ impl Daemon {
 
     /// The holder ended: without another one the next restart of this daemon would end the devices.
     fn replace_holder(&mut self, connection: u64, again: bool) {
+            DeviceEvent::Saved(result) => self.saved(result),
         if self.leaving_devices || self.exiting {
             return;
         }

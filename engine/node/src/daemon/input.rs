@@ -187,6 +187,13 @@ impl Daemon {
             Err(Instead::Attach(index)) => return self.attach(index, reply),
         };
         let token = self.token();
+        if matches!(operator, Operator::Resolve { .. }) {
+            if self.resolving.is_some() {
+                let text = "another `resolve` is under way; it is answered when the blocks are saved";
+                return answer_now(self, Answer::refused("busy", text), reply);
+            }
+            self.resolving = Some(token);
+        }
         self.answers.insert(token, reply);
         self.feed(Input::Operator(token, operator));
         self.let_go();

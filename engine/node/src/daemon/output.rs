@@ -1,6 +1,7 @@
 //! The core's actions are carried out.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 
 use duplex_core::event::Event;
 use duplex_core::format::record::CopyState;
@@ -9,6 +10,7 @@ use duplex_core::pair::Server;
 use duplex_core::pair::api::{Action, Input};
 use duplex_core::time::Instant;
 
+use super::devices::DeviceEvent;
 use super::run::Daemon;
 use crate::control::api::{Answer, Direction, Explanation};
 use crate::crash_at;
@@ -37,6 +39,9 @@ impl Daemon {
                     self.session_over(session);
                 }
                 Action::Answer(token, result) => {
+                    if self.resolving == Some(token) {
+                        self.resolving = None;
+                    }
                     if let Some(reply) = self.answers.remove(&token) {
                         let _ = reply.send(Answer::from(result));
                     }
@@ -86,10 +91,28 @@ impl Daemon {
         self.append(event);
     }
 
-    /// The victim of a split brain: every marked block of every volume to a file, before anything overwrites it.
+    /// The victim of a split brain: every marked block of every volume to a file, before anything overwrites it. That takes
+    /// its time, on a helper thread; asked for by both servers' operators at once, one file answers both.
     fn save_blocks(&mut self) {
-        let result = crate::offline::save_marked(&self.config, &self.config.volumes);
-        let result = result.map_err(|error| error.to_string());
+        if self.saving.is_some() {
+            return;
+        }
+        self.saving = Some(self.server.record().epoch_seen.clone());
+        let (config, events) = (self.config.clone(), self.device_events.clone());
+        tokio::spawn(async move {
+            let saving =
+                tokio::task::spawn_blocking(move || crate::offline::save_marked(&config, &config.volumes));
+            let result = match saving.await {
+                Ok(result) => result.map_err(|error| error.to_string()),
+                Err(error) => Err(error.to_string()),
+            };
+            let _ = events.send(DeviceEvent::Saved(result)).await;
+        });
+    }
+
+    /// The helper thread saved the marked blocks, or could not.
+    pub(super) fn saved(&mut self, result: Result<Vec<PathBuf>, String>) {
+        let served = self.saving.take().is_none_or(|epoch| epoch != self.server.record().epoch_seen);
         if let Ok(files) = &result {
             for file in files {
                 self.note(
@@ -99,10 +122,12 @@ impl Daemon {
                 );
             }
         }
-        self.inputs.push_back(Input::Saved(result.map(|_| ())));
-        while let Some(input) = self.inputs.pop_front() {
-            self.server.handle(crate::clock::now(), input);
-        }
+        let result = match result {
+            Ok(_) if served => Err("this server served while its blocks were saved; try again".to_owned()),
+            Ok(_) => Ok(()),
+            Err(text) => Err(text),
+        };
+        self.feed(Input::Saved(result));
     }
 
     /// What would be copied where, by which rule, and what would be lost.

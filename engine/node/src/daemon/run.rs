@@ -8,7 +8,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use duplex_core::boundary::Boundary;
-use duplex_core::ids::{SessionId, VolumeIndex};
+use duplex_core::ids::{Epoch, SessionId, VolumeIndex};
 use duplex_core::pair::Server;
 use duplex_core::pair::api::{Input, Operator, OperatorToken, ServerConfig};
 use duplex_core::time::Instant;
@@ -75,6 +75,10 @@ pub(super) struct Daemon {
     pub(super) boot_id: duplex_core::ids::BootId,
     /// Threads that were told to end while the daemon goes on.
     pub(super) expected_ends: usize,
+    /// The blocks of a split brain's victim are being saved, which began in this epoch.
+    pub(super) saving: Option<Epoch>,
+    /// The `resolve` that is not answered yet.
+    pub(super) resolving: Option<OperatorToken>,
     pub(super) attaching: Option<Attaching>,
     /// How many there were.
     pub(super) attaches: u64,
@@ -155,6 +159,8 @@ async fn run_here(options: &Options, stored: Vec<(String, OwnedFd)>) -> Result<(
         link_refusal: None,
         boot_id,
         expected_ends: 0,
+        saving: None,
+        resolving: None,
         attaching: None,
         attaches: 0,
         session: None,
