@@ -7,6 +7,7 @@ use std::thread::JoinHandle;
 
 use anyhow::{Context, Result, anyhow, ensure};
 use rustix::process::Signal;
+use serde_json::Value;
 
 use super::wrong_configurations::WRONG;
 use super::{Case, Stage};
@@ -116,6 +117,18 @@ fn nbd_client_reconnects(stage: &mut Stage) -> Result<()> {
     pair.assert_equal()
 }
 
+/// The holder does not answer a restarted daemon at first: its device is left alone until it does.
+fn start_before_a_late_holder(server: &mut Server) -> Result<()> {
+    server.signal_holder(Signal::STOP)?;
+    server.start_daemon()?;
+    wait::until("the daemon to miss the holder's answer", LIMIT, || {
+        let asked_again =
+            |event: &Value| event["text"].as_str().is_some_and(|text| text.contains("asked again"));
+        Ok(server.events_of("trouble")?.iter().any(asked_again).then_some(()))
+    })?;
+    server.signal_holder(Signal::CONT)
+}
+
 fn restart_under_load(stage: &mut Stage) -> Result<()> {
     let sabotage = stage.sabotage;
     nbd_client_reconnects(stage)?;
@@ -152,7 +165,11 @@ fn restart_under_load(stage: &mut Stage) -> Result<()> {
             if sabotage {
                 pair.alpha.kill_holder()?;
             }
-            pair.alpha.start_daemon()?;
+            if round == 1 && !sabotage {
+                start_before_a_late_holder(&mut pair.alpha)?;
+            } else {
+                pair.alpha.start_daemon()?;
+            }
             pair.alpha.wait("role=primary", LIMIT)?;
             files.wait_more(20)?;
             pair.wait_mirrored()?;

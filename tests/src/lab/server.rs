@@ -237,9 +237,14 @@ impl Server {
 
     /// Kills the holder of the volumes' devices alone.
     pub fn kill_holder(&self) -> Result<()> {
+        self.signal_holder(Signal::KILL)
+    }
+
+    /// Signals the holder of the volumes' devices alone.
+    pub fn signal_holder(&self, signal: Signal) -> Result<()> {
         for (pid, words) in self.host()?.processes()? {
             if words.contains(" holder") {
-                self.host()?.signal(pid, Signal::KILL)?;
+                self.host()?.signal(pid, signal)?;
             }
         }
         Ok(())

@@ -1,6 +1,6 @@
 //! The volumes' block devices: a FUSE file under a loop device, with a link that operators use.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -31,6 +31,7 @@ pub(super) struct Made {
 #[derive(Clone, PartialEq, Eq, Debug)]
 enum DeviceState {
     None,
+    /// Or being asked for: a late holder may have it.
     Making,
     Up(Made),
     Removing,
@@ -48,6 +49,9 @@ struct Making {
 /// At the end of the process, a device that is being made or removed is waited for this long.
 const END_WAIT: Duration = Duration::from_secs(5);
 
+/// A holder that did not answer is asked again after this long.
+const TAKE_RETRY: Duration = Duration::from_secs(1);
+
 /// A holder that could not be replaced is tried again after this long.
 const HOLDER_RETRY: Duration = Duration::from_secs(30);
 
@@ -64,12 +68,14 @@ pub(super) enum DeviceEvent {
     Opened(VolumeIndex, Box<Result<Opened, NotOpened>>),
     /// The old disk's thread, which this `attach` waits for, does not end.
     ThreadLate(u64),
+    /// The marked blocks are in these files, or could not be saved.
+    Saved(Result<Vec<PathBuf>, String>),
+    /// What the holder, which was late, has of a predecessor's device.
+    Taken(usize, Option<OwnedFd>),
     /// Another holder was started and keeps so many devices; `None`: none was needed.
     HolderReplaced(u64, Result<Option<usize>, String>),
 }
 
-    /// The marked blocks are in these files, or could not be saved.
-    Saved(Result<Vec<PathBuf>, String>),
 /// The device of one volume.
 #[derive(Debug)]
 pub(super) struct Device {
@@ -220,13 +226,14 @@ impl Daemon {
                 self.step_device(at);
             }
             DeviceEvent::Opened(index, opened) => self.opened(index, *opened),
+            DeviceEvent::Saved(result) => self.saved(result),
+            DeviceEvent::Taken(at, connection) => self.taken(at, connection),
             DeviceEvent::ThreadLate(number) => self.thread_late(number),
         }
     }
 
     /// The holder ended: without another one the next restart of this daemon would end the devices.
     fn replace_holder(&mut self, connection: u64, again: bool) {
-            DeviceEvent::Saved(result) => self.saved(result),
         if self.leaving_devices || self.exiting {
             return;
         }
@@ -282,19 +289,51 @@ impl Daemon {
 
     /// A restarted daemon finds what its predecessor left: devices whose connection lives go on, the others end.
     pub(super) fn adopt_devices(&mut self) {
+        let mut late = false;
         for at in 0..self.devices.len() {
             let name = self.devices[at].name.clone();
-            let connection = match self.keeper.take(&name) {
-                Ok(descriptor) => descriptor.and_then(|descriptor| Connection::resumed(descriptor).ok()),
+            if late {
+                self.take_later(at);
+                continue;
+            }
+            match self.keeper.take(&name) {
+                Ok(connection) => self.taken(at, connection),
                 Err(error) => {
-                    self.note("trouble", error.to_string(), "device");
-                    None
+                    late = true;
+                    self.note("trouble", format!("volume {name}: asked again: {error}"), "device");
+                    self.take_later(at);
                 }
-            };
-            let target = std::fs::read_link(self.run_dir.device(&name)).ok();
-            match connection {
-                Some(connection) => self.adopt_device(at, connection, target),
-                None => self.drop_device(&name, target),
+            }
+        }
+    }
+
+    /// A holder that is late may have a living device: it is left alone, and the holder is asked until it answers.
+    fn take_later(&mut self, at: usize) {
+        self.devices[at].state = DeviceState::Making;
+        let name = self.devices[at].name.clone();
+        let (keeper, events) = (Arc::clone(&self.keeper), self.device_events.clone());
+        tokio::spawn(async move {
+            loop {
+                tokio::time::sleep(TAKE_RETRY).await;
+                let (keeper, name) = (Arc::clone(&keeper), name.clone());
+                if let Ok(Ok(connection)) = tokio::task::spawn_blocking(move || keeper.take(&name)).await {
+                    let _ = events.send(DeviceEvent::Taken(at, connection)).await;
+                    return;
+                }
+            }
+        });
+    }
+
+    /// What the holder has of a predecessor's device.
+    fn taken(&mut self, at: usize, connection: Option<OwnedFd>) {
+        self.devices[at].state = DeviceState::None;
+        let target = std::fs::read_link(self.run_dir.device(&self.devices[at].name)).ok();
+        match connection.and_then(|descriptor| Connection::resumed(descriptor).ok()) {
+            Some(connection) => self.adopt_device(at, connection, target),
+            None if target.is_some() => self.drop_device(at, target),
+            None => {
+                self.devices[at].end_now();
+                self.step_device(at);
             }
         }
     }
@@ -309,39 +348,38 @@ impl Daemon {
             found.filter(|device| file_system.is_some() || Some(device.path()) == target.as_deref());
         let (Some(device), Some(volume)) = (found.next(), self.volumes[at].clone()) else {
             drop(connection);
-            self.keeper.forget(&name);
-            return self.drop_device(&name, target);
+            return self.drop_device(at, target);
         };
-        self.next_connection += 1;
-        let number = self.next_connection;
         match make_device_link(&self.run_dir.device_dir(), &name, device.path()) {
             Ok(link) => {
+                self.next_connection += 1;
+                let number = self.next_connection;
                 let text = format!("volume {name}: {} goes on", link.display());
                 self.devices[at].state = DeviceState::Up(Made { device, link, number });
+                self.devices[at].adopted = !self.devices[at].exposed;
                 self.devices[at].wanted = true;
-                self.devices[at].adopted = true;
                 volume.send(VolumeCommand::Fuse(connection, number));
                 self.note("device-kept", text, "the daemon was started again");
             }
-            Err(error) => self.note("trouble", error.to_string(), "device"),
+            Err(error) => {
+                self.note("trouble", error.to_string(), "device");
+                drop(connection);
+                self.drop_device(at, Some(device.path().to_owned()));
+            }
         }
     }
 
-    /// The connection is dead: its device answers EIO and is taken away.
-    fn drop_device(&mut self, name: &str, target: Option<PathBuf>) {
-        let Some(target) = target else {
-            return;
-        };
-        for old in LoopDevice::find(name, None) {
-            if old.path() == target
-                && let Err(error) = old.detach(DetachMode::WhenClosed)
-            {
-                tracing::warn!("{error}");
-            }
-        }
-        if let Err(error) = remove_device_link(&self.run_dir.device_dir(), name, &target) {
-            tracing::warn!("{error}");
-        }
+    /// Nobody has the connection any more, the holder neither: its device answers EIO and is taken away.
+    fn drop_device(&mut self, at: usize, target: Option<PathBuf>) {
+        self.devices[at].state = DeviceState::Removing;
+        let name = self.devices[at].name.clone();
+        let directory = self.run_dir.device_dir();
+        let (keeper, events) = (Arc::clone(&self.keeper), self.device_events.clone());
+        tokio::task::spawn_blocking(move || {
+            keeper.forget(&name);
+            let dropped = target.map_or(Ok(()), |target| drop_left(&name, &directory, &target));
+            let _ = events.blocking_send(DeviceEvent::Removed(at, dropped));
+        });
     }
 
     /// A restarted primary whose peer took over meanwhile: what waits in its devices fails, and they go.
@@ -374,6 +412,11 @@ impl Daemon {
 
     /// Who uses the devices: role changes that take them away are refused meanwhile.
     pub(super) fn look_at_users(&mut self) {
+        let users = self.users();
+        self.server.set_in_use(users);
+    }
+
+    pub(super) fn users(&self) -> Option<String> {
         let mut users = Vec::new();
         for device in &self.devices {
             if let DeviceState::Up(made) = &device.state {
@@ -415,11 +458,6 @@ impl Daemon {
                 }
             }
         };
-        let users = self.users();
-        self.server.set_in_use(users);
-    }
-
-    pub(super) fn users(&self) -> Option<String> {
         if tokio::time::timeout(END_WAIT, gone).await.is_err() {
             tracing::warn!("a device is still in use: it ends with this process, its users get EIO");
         }
@@ -479,6 +517,14 @@ fn remove(
     volume.send(VolumeCommand::FuseEnd);
     keeper.forget(name);
     detached.and(unlinked)
+}
+
+/// Takes away the device to which a predecessor's link points.
+fn drop_left(name: &str, directory: &Path, target: &Path) -> Result<(), String> {
+    let mut left = LoopDevice::find(name, None).into_iter().filter(|device| device.path() == target);
+    let detached = left.try_for_each(|device| device.detach(DetachMode::WhenClosed));
+    let unlinked = remove_device_link(directory, name, target).map_err(|error| error.to_string());
+    detached.map_err(|error| error.to_string()).and(unlinked.map(drop))
 }
 
 /// The NBD server of a volume.

@@ -27,6 +27,8 @@ pub(super) struct Keeper {
     notify_socket: Option<OsString>,
     /// Is told the number of a connection to the holder that ended.
     lost: mpsc::Sender<DeviceEvent>,
+    /// When a holder was last replaced. Apart from the rest, whose lock is held while a holder is asked.
+    replaced: Mutex<Option<Instant>>,
     inner: Mutex<Inner>,
 }
 
@@ -35,8 +37,6 @@ struct Inner {
     client: Option<HolderClient>,
     /// Numbers the connections to holders.
     connection: u64,
-    /// When a holder was last replaced.
-    replaced: Option<Instant>,
     /// No holder is wanted any more.
     stopped: bool,
     /// What the holder keeps, for its successor.
@@ -59,6 +59,7 @@ impl Keeper {
             socket: run_dir.holder(),
             notify_socket: std::env::var_os("NOTIFY_SOCKET").filter(|path| !path.is_empty()),
             lost,
+            replaced: Mutex::new(None),
             inner: Mutex::new(Inner { stored: stored.into_iter().collect(), ..Inner::default() }),
         }
     }
@@ -106,27 +107,28 @@ impl Keeper {
             inner.reap();
             return Ok(None);
         }
-        inner.replaced = Some(Instant::now());
+        *self.replaced.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
         self.start(&mut inner)?;
         Ok(Some(inner.kept.len()))
     }
 
     /// From now until a holder may be replaced: nothing, unless one was replaced a moment ago.
     pub(super) fn replace_after(&self) -> Duration {
-        let since = self.lock().replaced.map(|at| at.elapsed());
+        let replaced = *self.replaced.lock().unwrap_or_else(PoisonError::into_inner);
+        let since = replaced.map(|at| at.elapsed());
         since.map_or(Duration::ZERO, |since| REPLACE_EVERY.saturating_sub(since))
     }
 
     /// A volume's living connection that an earlier process left.
     pub(super) fn take(&self, volume: &str) -> Result<Option<OwnedFd>, HolderError> {
         let mut inner = self.lock();
-        let stored = inner.stored.remove(volume);
         let held = match (self.connected(&mut inner)?, &inner.client) {
             (true, Some(client)) => client.get(volume),
             (_, None) | (false, _) => Ok(None),
         };
         match held {
             Ok(Some(held)) => {
+                inner.stored.remove(volume);
                 inner.remember(volume, held.as_fd());
                 return Ok(Some(held));
             }
@@ -137,6 +139,7 @@ impl Keeper {
                 return Err(error);
             }
         }
+        let stored = inner.stored.remove(volume);
         let stored =
             stored.filter(|descriptor| duplex_frontend::fuse::connection_is_alive(descriptor.as_fd()));
         if let Some(descriptor) = &stored {
@@ -188,8 +191,7 @@ impl Keeper {
                 // It does not hear: nobody waits for it.
                 let _ = child.kill();
             }
-            Ok(false) => {}
-            Err(error) => tracing::warn!("{error}"),
+            let _ = child.wait();
         }
     }
 
