@@ -15,7 +15,7 @@ use crate::tidy;
 pub(crate) const CASES_HELD: &[&str] = &[
     "SFT3-B1", "SFT3-B2", "SFT3-B3", "SFT3-B4", "SFT3-B5", "SFT3-S1d", "SFT3-S2", "SFT3-S2b", "SFT3-S3b",
     "SFT3-S3c", "SFT3-R3", "SFT3-R4", "SFT3-O4", "RDR-1", "RDR-2", "DISK-1", "DISK-2", "DISK-4", "DISK-5",
-    "DISK-6", "SEC-1", "SEC-3", "SEC-4", "SEC-5", "RUN-1", "RUN-4", "SWAP-1", "CLIENT-1", "CLIENT-2",
+    "DISK-6", "SEC-1", "SEC-3", "SEC-4", "SEC-5", "RUN-1", "RUN-4", "SWAP-1", "SWAP-2", "CLIENT-1", "CLIENT-2",
     "CLIENT-3", "CLIENT-4", "CLIENT-5", "CLIENT-6", "CLIENT-7",
 ];
 /// Power cuts of DISK-4 in the suite; `cargo xtask cases DISK-4` makes all that are asked for.
