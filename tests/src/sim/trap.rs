@@ -104,7 +104,7 @@ pub struct Traps {
     pub armed: bool,
     /// How often each server stood where.
     pub passed: BTreeMap<(Boundary, Host), u64>,
-    /// A record's flush after which the crash comes, instead of the record.
+    /// A record's flush after which the crash comes, instead of the record where that server dies.
     flushing: Option<(Host, usize, DiskOpId)>,
 }
 
@@ -133,8 +133,12 @@ impl World {
         let times = self.traps.passed.entry((between, host)).or_default();
         *times += 1;
         let reached = (between, host, *times);
-        if self.traps.set.is_some_and(|trap| (trap.boundary, trap.host, trap.times) == reached) {
-            op.kind = DiskOpKind::Flush;
+        let set = self.traps.set.filter(|trap| (trap.boundary, trap.host, trap.times) == reached);
+        if let Some(trap) = set {
+            // Who goes on living writes its record all the same.
+            if trap.victim != Victim::Peer {
+                op.kind = DiskOpKind::Flush;
+            }
             self.traps.flushing = Some((host, volume, op.id));
         }
     }
