@@ -31,7 +31,7 @@ fn a_few_seeds_keep_every_promise() {
 #[test]
 fn a_resync_that_copies_wrongly_is_found() {
     for mutant in [Mutant::SkipCopy, Mutant::SkipHole, Mutant::StaleHole] {
-        let found = (1..40).any(|seed| run(seed, Some(mutant), Look::default()).broken.is_some());
+        let found = (1..200).any(|seed| run(seed, Some(mutant), Look::default()).broken.is_some());
         assert!(found, "{} is not found", mutant.name());
     }
 }
