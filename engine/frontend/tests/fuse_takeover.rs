@@ -70,7 +70,7 @@ fn serve(place: &Path, stall: bool) {
         // After a while it keeps what it is given: a kill then finds requests inside.
         server.wait_seen(|seen| seen.writes > 1000);
         server.order(Order::Delay(u32::MAX));
-        server.wait_seen(|seen| seen.delay_turns == u32::MAX && seen.in_flight > 0 && seen.writes > 1000);
+        server.wait_seen(|seen| seen.kept > 0);
         say("stalled");
     }
     let ended = server.join();

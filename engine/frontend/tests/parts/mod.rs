@@ -57,7 +57,8 @@ pub(crate) struct Seen {
     pub(crate) in_flight_most: usize,
     /// Inside the volume now, with this many turns to go at least.
     pub(crate) in_flight: usize,
-    pub(crate) delay_turns: u32,
+    /// Inside for good: they came when the delay was without end.
+    pub(crate) kept: usize,
     pub(crate) misaligned: u64,
     pub(crate) opened: u64,
 }
@@ -228,7 +229,7 @@ impl Volume {
             let mut seen = self.seen.lock().expect("not poisoned");
             seen.in_flight_most = seen.in_flight_most.max(most);
             seen.in_flight = most;
-            seen.delay_turns = self.delay_turns;
+            seen.kept = self.waiting.iter().filter(|(at, _, _)| *at >= u64::from(u32::MAX)).count();
         }
         let turn = self.turn;
         let due: Vec<_> = self.waiting.extract_if(.., |(at, _, _)| *at <= turn).collect();
