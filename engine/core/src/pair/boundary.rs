@@ -25,28 +25,7 @@ impl Server {
                 | Order::TellMarks { .. }
                 | Order::Fail { .. } => None,
             },
-            Action::Send(_, message) => match message {
-                ControlMessage::Mirrored { .. } => Some(Boundary::G6SourceBeforeMirrored),
-                ControlMessage::MirroredAck { .. } => Some(Boundary::G6TargetBeforeMirroredAck),
-                ControlMessage::HandedOver { .. } => Some(Boundary::G9OldBeforeHandedOver),
-                ControlMessage::Primary { .. } => Some(Boundary::G9NewBeforePrimary),
-                ControlMessage::Hello(_)
-                | ControlMessage::Agree { .. }
-                | ControlMessage::Refuse { .. }
-                | ControlMessage::Heartbeat { .. }
-                | ControlMessage::PromoteAsk { .. }
-                | ControlMessage::PromoteAnswer { .. }
-                | ControlMessage::HandOverAsk
-                | ControlMessage::HandOverRefused { .. }
-                | ControlMessage::Demoted { .. }
-                | ControlMessage::Resync { .. }
-                | ControlMessage::FullCopy { .. }
-                | ControlMessage::Resolve { .. }
-                | ControlMessage::Resolved
-                | ControlMessage::ResolveFailed { .. }
-                | ControlMessage::CopyFailed { .. }
-                | ControlMessage::Bye { .. } => None,
-            },
+            Action::Send(_, message) => Some(ends_of(message)?.0),
             Action::CloseSession(_)
             | Action::Answer(..)
             | Action::Event(_)
@@ -58,28 +37,7 @@ impl Server {
     /// The boundary at which a server stands when this arrived and it was not told.
     pub fn boundary_at(input: &Input) -> Option<Boundary> {
         match input {
-            Input::Message(_, message) => match message {
-                ControlMessage::Mirrored { .. } => Some(Boundary::G6TargetMirroredHeard),
-                ControlMessage::MirroredAck { .. } => Some(Boundary::G6SourceMirroredAcked),
-                ControlMessage::HandedOver { .. } => Some(Boundary::G9NewHandedOverHeard),
-                ControlMessage::Primary { .. } => Some(Boundary::G9OldPrimaryHeard),
-                ControlMessage::Hello(_)
-                | ControlMessage::Agree { .. }
-                | ControlMessage::Refuse { .. }
-                | ControlMessage::Heartbeat { .. }
-                | ControlMessage::PromoteAsk { .. }
-                | ControlMessage::PromoteAnswer { .. }
-                | ControlMessage::HandOverAsk
-                | ControlMessage::HandOverRefused { .. }
-                | ControlMessage::Demoted { .. }
-                | ControlMessage::Resync { .. }
-                | ControlMessage::FullCopy { .. }
-                | ControlMessage::Resolve { .. }
-                | ControlMessage::Resolved
-                | ControlMessage::ResolveFailed { .. }
-                | ControlMessage::CopyFailed { .. }
-                | ControlMessage::Bye { .. } => None,
-            },
+            Input::Message(_, message) => Some(ends_of(message)?.1),
             Input::Report(_, Report::Drained { .. }) => Some(Boundary::G9OldDrained),
             Input::Report(..)
             | Input::LinkUp { .. }
@@ -90,5 +48,37 @@ impl Server {
             | Input::Reopened(_)
             | Input::Time => None,
         }
+    }
+}
+
+/// Where the sender stands before a message goes out, and the receiver when it came.
+const fn ends_of(message: &ControlMessage) -> Option<(Boundary, Boundary)> {
+    match message {
+        ControlMessage::Mirrored { .. } => {
+            Some((Boundary::G6SourceBeforeMirrored, Boundary::G6TargetMirroredHeard))
+        }
+        ControlMessage::MirroredAck { .. } => {
+            Some((Boundary::G6TargetBeforeMirroredAck, Boundary::G6SourceMirroredAcked))
+        }
+        ControlMessage::HandedOver { .. } => {
+            Some((Boundary::G9OldBeforeHandedOver, Boundary::G9NewHandedOverHeard))
+        }
+        ControlMessage::Primary { .. } => Some((Boundary::G9NewBeforePrimary, Boundary::G9OldPrimaryHeard)),
+        ControlMessage::Hello(_)
+        | ControlMessage::Agree { .. }
+        | ControlMessage::Refuse { .. }
+        | ControlMessage::Heartbeat { .. }
+        | ControlMessage::PromoteAsk { .. }
+        | ControlMessage::PromoteAnswer { .. }
+        | ControlMessage::HandOverAsk
+        | ControlMessage::HandOverRefused { .. }
+        | ControlMessage::Demoted { .. }
+        | ControlMessage::Resync { .. }
+        | ControlMessage::FullCopy { .. }
+        | ControlMessage::Resolve { .. }
+        | ControlMessage::Resolved
+        | ControlMessage::ResolveFailed { .. }
+        | ControlMessage::CopyFailed { .. }
+        | ControlMessage::Bye { .. } => None,
     }
 }
