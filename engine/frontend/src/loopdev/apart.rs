@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::{
     DETACH_WAIT, DetachMode, DeviceUser, LOOP_MAJOR, LoopDevice, LoopError, LoopOptions, device_path,
@@ -14,6 +14,10 @@ use crate::fuse::FuseMount;
 
 /// Longest answer of the child: an error's text.
 const ANSWER_MAX_BYTES: u64 = 16 << 10;
+/// How often a device that was let go is looked at. Another program (udev's probe) may have it open for a moment, and
+/// nothing tells when it is free: the kernel's event for the last close comes before. At most `DETACH_WAIT` long, and not
+/// on a volume's thread.
+const GONE_LOOK: Duration = Duration::from_millis(5);
 const DONE: u8 = 0;
 const FAILED: u8 = 1;
 const IN_USE: u8 = 2;
@@ -85,9 +89,7 @@ impl LoopDevice {
                 let users = device_users(&self.path, LOOP_MAJOR, self.number);
                 return Err(LoopError::StillHeld { path: self.path.clone(), users });
             }
-            // Another program (udev's probe) may have it open for a moment, and the kernel's event for the last close
-            // comes before the device is free: look again, until `DETACH_WAIT` at most. Not on a volume's thread.
-            std::thread::sleep(std::time::Duration::from_millis(5));
+            std::thread::sleep(GONE_LOOK);
         }
         Ok(())
     }

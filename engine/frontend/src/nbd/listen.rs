@@ -146,48 +146,48 @@ mod tests {
 
     #[test]
     fn a_dead_socket_file_is_replaced_and_removed_at_the_end() {
-        let dir = tempfile::tempdir().unwrap();
+        let dir = tempfile::tempdir().expect("a directory");
         let path = dir.path().join("nbd.sock");
-        drop(UnixListener::bind(&path).unwrap());
+        drop(UnixListener::bind(&path).expect("bound"));
         assert!(path.exists());
-        let listener = OpenListener::open(&unix(&path)).unwrap();
-        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, UNIX_MODE);
-        std::os::unix::net::UnixStream::connect(&path).unwrap();
+        let listener = OpenListener::open(&unix(&path)).expect("opened");
+        assert_eq!(fs::metadata(&path).expect("it is there").permissions().mode() & 0o777, UNIX_MODE);
+        std::os::unix::net::UnixStream::connect(&path).expect("it listens");
         drop(listener);
         assert!(!path.exists());
     }
 
     #[test]
     fn the_group_gets_the_socket_file() {
-        let dir = tempfile::tempdir().unwrap();
+        let dir = tempfile::tempdir().expect("a directory");
         let path = dir.path().join("nbd.sock");
         let group = rustix::process::getegid().as_raw();
         let address = ListenAddress::Unix { path: path.clone(), group: Some(group) };
-        let _listener = OpenListener::open(&address).unwrap();
-        assert_eq!(fs::metadata(&path).unwrap().gid(), group);
+        let _listener = OpenListener::open(&address).expect("opened");
+        assert_eq!(fs::metadata(&path).expect("it is there").gid(), group);
     }
 
     #[test]
     fn a_live_socket_and_another_file_are_left_alone() {
-        let dir = tempfile::tempdir().unwrap();
+        let dir = tempfile::tempdir().expect("a directory");
         let path = dir.path().join("nbd.sock");
-        let live = UnixListener::bind(&path).unwrap();
+        let live = UnixListener::bind(&path).expect("bound");
         assert!(matches!(OpenListener::open(&unix(&path)), Err(NbdError::SocketInUse { .. })));
-        std::os::unix::net::UnixStream::connect(&path).unwrap();
+        std::os::unix::net::UnixStream::connect(&path).expect("it listens");
         drop(live);
         let file = dir.path().join("file");
-        fs::write(&file, "mine").unwrap();
+        fs::write(&file, "mine").expect("written");
         assert!(matches!(OpenListener::open(&unix(&file)), Err(NbdError::NotASocket { .. })));
-        assert_eq!(fs::read_to_string(&file).unwrap(), "mine");
+        assert_eq!(fs::read_to_string(&file).expect("read"), "mine");
     }
 
     #[test]
     fn a_file_that_replaced_ours_stays() {
-        let dir = tempfile::tempdir().unwrap();
+        let dir = tempfile::tempdir().expect("a directory");
         let path = dir.path().join("nbd.sock");
-        let listener = OpenListener::open(&unix(&path)).unwrap();
-        fs::remove_file(&path).unwrap();
-        let _other = UnixListener::bind(&path).unwrap();
+        let listener = OpenListener::open(&unix(&path)).expect("opened");
+        fs::remove_file(&path).expect("removed");
+        let _other = UnixListener::bind(&path).expect("bound");
         drop(listener);
         assert!(path.exists());
     }
@@ -195,7 +195,7 @@ mod tests {
     #[test]
     fn a_directory_that_is_not_there_is_named() {
         let path = Path::new("/nonexistent/dir/nbd.sock");
-        let error = OpenListener::open(&unix(path)).err().unwrap().to_string();
+        let error = OpenListener::open(&unix(path)).err().expect("refused").to_string();
         assert!(error.contains("unix:/nonexistent/dir/nbd.sock"), "{error}");
     }
 }
